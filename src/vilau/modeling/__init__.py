@@ -1,0 +1,1 @@
+"""The network: tower, quantizer, projector, language model, depth transformer. No files, no tokenizer, no sampling."""
