@@ -1,0 +1,192 @@
+"""The joined network: visual positions and text in one sequence, two losses (paper, section 3.2, eq. (5)-(7))."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from vilau.configuration import VilaUConfig
+from vilau.modeling.depth_transformer import DepthTransformer
+from vilau.modeling.sequence import check_sequence, find_targets, splice
+from vilau.modeling.vision_tower import VisionTower
+
+
+@dataclass(frozen=True)
+class VilaULosses:
+    """Negative log-likelihoods of the supervised positions of a batch, before any reduction.
+
+    `text` (T,) nats per token; `visual` (V, D) nats per code; `text_at` (T,) and `visual_at` (V,) say which flat
+    positions of the batch they belong to.
+    """
+
+    text: torch.Tensor
+    visual: torch.Tensor
+    text_at: torch.Tensor
+    visual_at: torch.Tensor
+
+    def total(self) -> torch.Tensor:
+        """Return ``L_text + L_visual``: each the mean over what it covers, zero where there is nothing."""
+        parts = [part.mean() for part in (self.text, self.visual) if part.numel()]
+        if not parts:
+            raise ValueError("the batch supervises no position: set text_targets or visual_targets")
+        return torch.stack(parts).sum()
+
+
+class Projector(nn.Module):
+    """Two-layer MLP with GELU (`mlp2x_gelu`): ``z_q`` (..., C) -> language model width (..., H)."""
+
+    def __init__(self, code_dim: int, hidden_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(code_dim, hidden_size)
+        self.fc2 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, z_q: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(z_q.to(self.fc1.weight.dtype))))
+
+
+class VilaUModel(PreTrainedModel):
+    """Vision tower, projector, language model and depth transformer; forward, losses; nothing about sampling."""
+
+    config: VilaUConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = ["quantizer"]
+
+    def __init__(self, config: VilaUConfig) -> None:
+        super().__init__(config)
+        self._build(config)
+        self.post_init()
+
+    def _build(self, config: VilaUConfig) -> None:
+        self.vision_tower = VisionTower(config.vision_config)
+        self.projector = Projector(config.vision_config.code_width, config.hidden_size)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.depth_transformer = DepthTransformer(
+            config.depth_config,
+            config.hidden_size,
+            config.vision_config.code_width,
+            config.vision_config.depth,
+            config.vision_config.codebook_size,
+        )
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing beyond each part's own initialisation."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def visual_embeds(self, codes: torch.Tensor) -> torch.Tensor:
+        """Return ``projector(z_q)`` (..., H) of ``codes`` (..., D)."""
+        return self.projector(self.vision_tower.quantizer.z_q(codes))
+
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        kinds: torch.Tensor | None = None,
+        codes: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return ``inputs_embeds`` (B, L, H) of a mixed sequence.
+
+        Args:
+            input_ids: ``(B, L)``; ids at visual positions are ignored.
+            kinds: ``(B, L)`` of `PositionKind`; text throughout if absent.
+            codes: ``(I, P, D)`` in order of appearance, or
+            pixel_values: ``(I, 3, S, S)``, encoded here.
+
+        Raises:
+            ValueError: the pictures do not match the visual positions.
+        """
+        if codes is None and pixel_values is not None:
+            codes = self.vision_tower.encode(pixel_values)
+        text = self.get_input_embeddings()(input_ids)
+        if kinds is None:
+            if codes is not None:
+                raise ValueError("pictures were given without kinds, so their positions are unknown")
+            return text
+        check_sequence(input_ids, kinds, 0 if codes is None else codes.shape[0] * codes.shape[1])
+        if codes is None:
+            return text
+        return splice(text, kinds, self.visual_embeds(codes).flatten(0, -2))
+
+    def hidden_states(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the language model's last hidden states ``(B, L, H)``, without its text head.
+
+        Packed rows: `position_ids` restart at every sample and `attention_mask` is absent; the library then keeps
+        samples apart. No cache is made, because with one they would leak into each other.
+        """
+        return self.language_model.base_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+        ).last_hidden_state
+
+    def losses(
+        self,
+        input_ids: torch.Tensor,
+        kinds: torch.Tensor,
+        text_targets: torch.Tensor,
+        visual_targets: torch.Tensor,
+        codes: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> VilaULosses:
+        """Return the unreduced losses of eq. (5) and (7) for a batch.
+
+        Args:
+            input_ids, kinds: ``(B, L)``.
+            text_targets, visual_targets: bool ``(B, L)``, the positions to be predicted.
+            codes or pixel_values: the pictures and frames in order of appearance.
+            attention_mask: ``(B, L)`` for padded rows; absent for packed rows.
+            position_ids: ``(B, L)``, restarting per packed sample.
+        """
+        if codes is None and pixel_values is not None:
+            codes = self.vision_tower.encode(pixel_values)
+        embeds = self.embed(input_ids, kinds, codes=codes)
+        hidden = self.hidden_states(embeds, attention_mask, position_ids).flatten(0, 1)
+        targets = find_targets(input_ids, kinds, text_targets, visual_targets)
+        text_logits = self.get_output_embeddings()(hidden[targets.text_from])
+        text = F.cross_entropy(text_logits.float(), targets.text_ids, reduction="none")
+        if codes is None or not len(targets.visual_at):
+            visual = hidden.new_zeros((0, self.config.vision_config.depth), dtype=torch.float32)
+        else:
+            chosen = codes.flatten(0, 1)[targets.visual_rows]  # (V, D)
+            partial = self.vision_tower.quantizer.partial_z_q(chosen).to(hidden.dtype)
+            depth_logits = self.depth_transformer(hidden[targets.visual_from], partial)  # (V, D, K)
+            visual = F.cross_entropy(depth_logits.float().flatten(0, 1), chosen.flatten(), reduction="none")
+            visual = visual.unflatten(0, chosen.shape)
+        return VilaULosses(text, visual, targets.text_at, targets.visual_at)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        kinds: torch.Tensor | None = None,
+        codes: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return ``hidden_states`` (B, L, H) of a mixed sequence; see `embed` and `losses` for the arguments."""
+        embeds = self.embed(input_ids, kinds, codes, pixel_values)
+        return self.hidden_states(embeds, attention_mask, position_ids)

@@ -1,0 +1,175 @@
+"""The unified vision tower: pixels -> text-aligned codes -> pixels (paper, section 3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel, SiglipTextModel, SiglipVisionModel
+
+from vilau.configuration import VisionTowerConfig
+from vilau.modeling.pixel_decoder import PixelDecoder
+from vilau.modeling.quantizer import ResidualQuantizer
+
+
+@dataclass(frozen=True)
+class TowerOutput:
+    """What stage 1 needs of one pass over pictures.
+
+    `z_e` (I, P, C) features; `z_q` (I, P, C) with straight-through gradient (equal to `z_e` when not quantized);
+    `codes` (I, P, D) or `None`; `commitment`, a scalar; `image_embeds` (I, E), normalised.
+    """
+
+    z_e: torch.Tensor
+    z_q: torch.Tensor
+    codes: torch.Tensor | None
+    commitment: torch.Tensor
+    image_embeds: torch.Tensor
+
+
+class ConvStem(nn.Module):
+    """Strided 3x3 convolutions in place of one large patch convolution: ``(I, 3, S, S)`` -> ``(I, W, h, w)``."""
+
+    def __init__(self, width: int, patch_size: int) -> None:
+        super().__init__()
+        steps = patch_size.bit_length() - 1
+        if patch_size != 1 << steps or not steps:
+            raise ValueError(f"stem 'conv' needs a patch_size that is a power of two above 1, got {patch_size}")
+        widths = [3, *(max(16, width >> (steps - 1 - i)) for i in range(steps))]
+        self.convs = nn.ModuleList(
+            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.mix = nn.Conv2d(widths[-1], width, 1)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The first weight: tells the encoder's dtype to the embedding layer."""
+        return self.convs[0].weight
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        x = pixel_values
+        for conv in self.convs:
+            x = F.gelu(conv(x))
+        return self.mix(x)
+
+
+class VisionTower(PreTrainedModel):
+    """Image encoder, residual quantizer and pixel decoder, with the text encoder of stage 1 where configured."""
+
+    config: VisionTowerConfig
+    base_model_prefix = "vision_tower"
+    main_input_name = "pixel_values"
+    _supports_sdpa = True
+    _keep_in_fp32_modules_strict = ["quantizer"]
+
+    def __init__(self, config: VisionTowerConfig) -> None:
+        super().__init__(config)
+        self.image_encoder = SiglipVisionModel(config.image_encoder_config)
+        if config.stem == "conv":
+            self.image_encoder.embeddings.patch_embedding = ConvStem(config.hidden_size, config.patch_size)
+        self.text_encoder = None
+        if config.text_encoder_config is not None:
+            self.text_encoder = SiglipTextModel(config.text_encoder_config)
+        linear = config.code_dim is not None
+        self.to_code = nn.Linear(config.hidden_size, config.code_width) if linear else nn.Identity()
+        self.from_code = nn.Linear(config.code_width, config.hidden_size) if linear else nn.Identity()
+        self.quantizer = ResidualQuantizer(
+            config.codebook_size,
+            config.code_width,
+            config.depth,
+            config.shared_codebook,
+            config.ema_decay,
+            config.restart_unused_codes,
+        )
+        self.pixel_decoder = PixelDecoder(
+            config.code_width,
+            config.latent_side,
+            config.decoder_latent_channels,
+            config.decoder_channels,
+            tuple(config.decoder_multipliers),
+            config.decoder_blocks,
+            tuple(config.decoder_attention),
+            config.decoder_groups,
+        )
+        self.logit_scale = nn.Parameter(torch.full((1,), 2.3026))  # SigLIP starts at scale 10 and bias -10
+        self.logit_bias = nn.Parameter(torch.full((1,), -10.0))
+        self.post_init()
+        if config.zero_init_residual:
+            self._zero_residual_branches()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing beyond each module's own initialisation: SigLIP's parts and torch's layers set themselves."""
+
+    @torch.no_grad()
+    def _zero_residual_branches(self) -> None:
+        for layer in self.image_encoder.encoder.layers:
+            for branch in (layer.self_attn.out_proj, layer.mlp.fc2):
+                nn.init.zeros_(branch.weight)
+                nn.init.zeros_(branch.bias)
+
+    def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return ``z_e`` (I, P, C): states after the last-but-one encoder layer, without the final norm.
+
+        Args:
+            pixel_values: ``(I, 3, S, S)`` in [-1, 1].
+
+        Raises:
+            ValueError: the pictures have another size than the configuration's.
+        """
+        size = self.config.image_size
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
+            raise ValueError(
+                f"pixel_values have shape {tuple(pixel_values.shape)}, the vision tower needs (images, 3, {size}, "
+                f"{size}); resize the pictures with the processor"
+            )
+        hidden = self.image_encoder.embeddings(pixel_values)
+        for layer in self.image_encoder.encoder.layers[:-1]:
+            hidden = layer(hidden, None)
+        return self.to_code(hidden)
+
+    def image_embeds(self, z_q: torch.Tensor) -> torch.Tensor:
+        """Return normalised image embeddings ``(I, E)`` of (quantised) features ``(I, P, C)``.
+
+        They pass the last encoder layer, the final norm and the attention pooling head, as in section 3.1.
+        """
+        hidden = self.image_encoder.encoder.layers[-1](self.from_code(z_q), None)
+        return F.normalize(self.image_encoder.head(self.image_encoder.post_layernorm(hidden)), dim=-1)
+
+    def text_embeds(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return normalised text embeddings ``(B, E)`` of padded token ids ``(B, T)``.
+
+        Raises:
+            ValueError: the tower was built or saved without its text encoder.
+        """
+        if self.text_encoder is None:
+            raise ValueError("this vision tower has no text encoder (text_encoder_config is null)")
+        return F.normalize(self.text_encoder(input_ids).pooler_output, dim=-1)
+
+    def forward(self, pixel_values: torch.Tensor, quantize: bool = True) -> TowerOutput:
+        """Encode pictures ``(I, 3, S, S)``; in training mode the codebook learns from them."""
+        z_e = self.features(pixel_values)
+        if not quantize:
+            return TowerOutput(z_e, z_e, None, z_e.new_zeros(()), self.image_embeds(z_e))
+        quantized = self.quantizer(z_e)
+        return TowerOutput(
+            z_e, quantized.z_q, quantized.codes, quantized.commitment, self.image_embeds(quantized.z_q)
+        )
+
+    @torch.no_grad()
+    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return ``codes`` (I, P, D) of pictures ``(I, 3, S, S)``."""
+        return self.quantizer.encode(self.features(pixel_values))
+
+    def decode_features(self, z_q: torch.Tensor) -> torch.Tensor:
+        """Return pixels ``(I, 3, S, S)``, not clamped, of quantised features ``z_q`` (I, P, C)."""
+        grid = self.config.grid
+        z_q = z_q.to(self.pixel_decoder.conv_in.weight.dtype)
+        return self.pixel_decoder(z_q.transpose(1, 2).unflatten(2, (grid, grid)))
+
+    @torch.no_grad()
+    def decode(self, codes: torch.Tensor, chunk: int = 16) -> torch.Tensor:
+        """Return pixels ``(I, 3, S, S)`` in [-1, 1] of ``codes`` (I, P, D), `chunk` pictures at a time."""
+        parts = [self.decode_features(self.quantizer.z_q(part)) for part in codes.split(chunk)]
+        return torch.cat(parts).clamp(-1, 1)
