@@ -51,7 +51,7 @@ class Projector(nn.Module):
 class VilaUModel(PreTrainedModel):
     """Vision tower, projector, language model and depth transformer; forward, losses; nothing about sampling."""
 
-    config: VilaUConfig
+    config_class = VilaUConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True

@@ -58,7 +58,7 @@ class ConvStem(nn.Module):
 class VisionTower(PreTrainedModel):
     """Image encoder, residual quantizer and pixel decoder, with the text encoder of stage 1 where configured."""
 
-    config: VisionTowerConfig
+    config_class = VisionTowerConfig
     base_model_prefix = "vision_tower"
     main_input_name = "pixel_values"
     _supports_sdpa = True

@@ -1,0 +1,148 @@
+"""Checkpoints that are whole or not there: written beside, fsynced, renamed; verified by SHA-256 before use."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+_MANIFEST = "MANIFEST.json"
+_PREFIX = "step-"
+
+
+def state_digest(module: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> str:
+    """Return the SHA-256 of all weights, buffers and optimizer states: equal digests mean equal training states."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for optimizer in optimizers:
+        for _, state in sorted(optimizer.state_dict()["state"].items()):
+            for key in sorted(state):
+                value = torch.as_tensor(state[key]).detach().cpu().contiguous().flatten()
+                digest.update(value.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    module: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    facts: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write ``folder/step-NNNNNN`` and remove all but the `keep` newest; it is visible only when complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"{_PREFIX}{step:07d}"
+    beside = folder / f".{final.name}.partial"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in module.state_dict().items()}
+    save_file(tensors, beside / "module.safetensors")
+    torch.save([optimizer.state_dict() for optimizer in optimizers], beside / "optimizers.pt")
+    (beside / "state.json").write_text(json.dumps({"step": step, **facts}, indent=1))
+    seal(beside)
+    publish(beside, final)
+    for old in sorted(list_checkpoints(folder))[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_checkpoint(
+    path: Path, module: nn.Module, optimizers: list[torch.optim.Optimizer]
+) -> dict[str, Any]:
+    """Load a verified checkpoint into `module` and `optimizers`; return what ``state.json`` says."""
+    module.load_state_dict(load_file(path / "module.safetensors"))
+    states = torch.load(path / "optimizers.pt", map_location="cpu", weights_only=True)
+    for optimizer, state in zip(optimizers, states, strict=True):
+        optimizer.load_state_dict(state)
+    return json.loads((path / "state.json").read_text())
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the complete-looking checkpoints in `folder`, oldest first."""
+    return sorted(p for p in folder.glob(f"{_PREFIX}*") if p.is_dir()) if folder.is_dir() else []
+
+
+def newest_intact(folder: Path) -> Path | None:
+    """Return the newest checkpoint that passes its manifest; damaged ones are named in the log and passed over."""
+    damaged = []
+    for path in reversed(list_checkpoints(folder)):
+        fault = find_fault(path)
+        if fault is None:
+            if damaged:
+                logger.warning("using %s instead of damaged %s", path.name, ", ".join(damaged))
+            return path
+        logger.warning("checkpoint %s is damaged: %s", path.name, fault)
+        damaged.append(path.name)
+    return None
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest: size and SHA-256 of every file of `folder`."""
+    entries = {
+        str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": file_digest(p)}
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != _MANIFEST
+    }
+    (folder / _MANIFEST).write_text(json.dumps(entries, indent=1, sort_keys=True))
+
+
+def find_fault(folder: Path) -> str | None:
+    """Return what is wrong with a sealed folder, or ``None``: missing, surplus, truncated or altered files."""
+    try:
+        entries = json.loads((folder / _MANIFEST).read_text())
+        expected = {name: (int(e["bytes"]), str(e["sha256"])) for name, e in entries.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"its manifest cannot be read ({type(error).__name__})"
+    present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != _MANIFEST}
+    if present != set(expected):
+        return f"files differ from its manifest: {', '.join(sorted(present ^ set(expected)))}"
+    for name, (size, digest) in expected.items():
+        path = folder / name
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if file_digest(path) != digest:
+            return f"{name} does not have the SHA-256 of its manifest"
+    return None
+
+
+def publish(beside: Path, final: Path) -> None:
+    """Make a finished folder visible under its name: fsync everything, then rename, replacing what was there."""
+    for path in [*beside.rglob("*"), beside]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    if final.exists():
+        old = final.with_name(f".{final.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+        beside.rename(final)
+        shutil.rmtree(old)
+    else:
+        beside.rename(final)
+    descriptor = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,133 @@
+"""The training configuration: strict YAML, where a wrong key is an error that names the nearest right one."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+StageName = Literal["align", "vision_tower", "pretrain", "sft"]
+STAGE_ORDER: tuple[StageName, ...] = ("align", "vision_tower", "pretrain", "sft")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class OptimizerConfig(_Strict):
+    """AdamW for everything, or Muon for the hidden matrices beside AdamW for the rest."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
+    muon_lr: float = Field(0.02, gt=0, description="peak learning rate of Muon, for hidden matrices")
+    lr_scales: dict[str, float] = Field(default_factory=dict, description="regular expression -> factor on lr")
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup_steps: int = Field(50, ge=0)
+    final_lr: float = Field(0.05, ge=0, le=1, description="share of the peak at the end of the cosine")
+    clip_norm: float = Field(1.0, gt=0)
+
+
+class StageConfig(_Strict):
+    """One stage: how long, on what, with which losses."""
+
+    steps: int = Field(..., ge=1)
+    batch_size: int = Field(..., ge=1, description="samples per step over all processes")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mixture: dict[str, float] = Field(default_factory=dict, description="data form -> weight (pretrain, sft)")
+    jitter: float = Field(0.0, ge=0, description="random shift of single objects, pixels")
+    row_length: int = Field(128, ge=16, description="positions per packed row (pretrain, sft)")
+    text_dropout: float = Field(0.1, ge=0, le=1, description="share of prompts emptied for guidance")
+    text_weight: float = Field(1.0, ge=0)
+    visual_weight: float = Field(1.0, ge=0)
+    contrastive: Literal["sigmoid", "softmax"] = "sigmoid"
+    contrastive_weight: float = Field(1.0, ge=0)
+    reconstruction_weight: float = Field(1.0, ge=0)
+    pixel_loss: Literal["l1", "l2"] = "l2"
+    pixel_weight: float = Field(1.0, ge=0)
+    train_text_encoder: bool = False
+    train_image_encoder: bool = True
+    freeze: list[str] = Field(default_factory=list, description="regular expressions of parameters kept as they are")
+    init_from: str | None = Field(None, description="folder of a finished stage; the previous stage of this run if absent")
+
+
+class DataConfig(_Strict):
+    """The nano world and how it is read."""
+
+    world: str | None = Field(None, description="folder made by `vilau data nano`; the shipped sprites if absent")
+    objects: int = Field(48, ge=2)
+    styles: list[str] = Field(default_factory=lambda: ["noto"])
+    workers: int = Field(1, ge=0, description="loader processes per training process")
+
+
+class TrainConfig(_Strict):
+    """One run: a model, its data and the stages to train, in order."""
+
+    name: str
+    output: str = Field(..., description="folder of the run: checkpoints, logs, finished stages")
+    seed: int = 0
+    threads: int | None = Field(None, ge=1, description="CPU threads per process")
+    model: dict[str, Any] = Field(..., description="fields of VilaUConfig")
+    text_encoder: dict[str, Any] = Field(..., description="fields of the SigLIP text encoder of stages 1")
+    data: DataConfig = DataConfig()
+    stages: dict[StageName, StageConfig]
+    log_every: int = Field(10, ge=1)
+    save_every: int = Field(200, ge=1, description="steps between checkpoints")
+    sample_every: int = Field(500, ge=1, description="steps between sample pictures")
+    keep_checkpoints: int = Field(2, ge=2)
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
+    """Read a YAML configuration and apply dotted overrides such as ``stages.sft.steps=100``.
+
+    Raises:
+        ValueError: unreadable file, wrong key (the nearest right one is named) or a value out of range.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} must hold a mapping of keys to values")
+    for override in overrides:
+        _apply_override(raw, override)
+    try:
+        return TrainConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ValueError(f"{path}: " + "; ".join(_explain(item) for item in error.errors())) from error
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ValueError(f"override {override!r} must look like key=value, for example stages.sft.steps=100")
+    node: Any = raw
+    parts = key.split(".")
+    for part in parts[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise ValueError(f"override {override!r}: {part!r} is a value, not a group of keys")
+    try:
+        node[parts[-1]] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r}: the value is not valid YAML") from error
+
+
+def _explain(item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    if item["type"] != "extra_forbidden":
+        return f"{where}: {item['msg'].lower()} (got {item['input']!r})" if item["type"] != "missing" else (
+            f"{where} is missing"
+        )
+    model: Any = TrainConfig
+    if item["loc"][0] == "data":
+        model = DataConfig
+    elif item["loc"][0] == "stages":
+        model = OptimizerConfig if "optimizer" in item["loc"] else StageConfig
+    near = difflib.get_close_matches(str(item["loc"][-1]), list(model.model_fields), 1, 0.0)
+    return f"unknown key {where!r}; did you mean {near[0]!r}?"

@@ -1,0 +1,103 @@
+"""Stages `pretrain` and `sft`: the language model, the projector and the depth transformer on mixed sequences."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from vilau.data.collate import Batch, collate
+from vilau.data.sample import FORMS, Sample
+from vilau.modeling.vila_u import VilaULosses, VilaUModel
+from vilau.processing.encode import EncodedSample, encode_sample
+from vilau.training import parallel
+from vilau.training.config import StageConfig
+from vilau.training.stage import Stage, StepResult
+from vilau.training.vision_tower import freeze, local_numbers, to_pixel_values
+
+
+class SampleSource(Protocol):
+    """Samples reachable by number."""
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+class LanguageStage(Stage):
+    """Train on packed rows of whole samples; the vision tower is frozen and in evaluation mode (section 3.2).
+
+    Args:
+        name: `pretrain` or `sft`.
+        model: the joined model.
+        source: samples of every form of the stage's mixture.
+        processor: tokenizer and template, the ones that inference uses; also knows how to save itself.
+        seed: of the text dropout, which is a function of (seed, sample id).
+    """
+
+    def __init__(
+        self, name: str, config: StageConfig, model: VilaUModel, source: SampleSource, processor: Any, seed: int
+    ) -> None:
+        self.name, self.config, self.module = name, config, model
+        self.model, self.source, self.processor, self.seed = model, source, processor, seed
+        model.vision_tower.requires_grad_(False)
+        freeze(model, config.freeze)
+
+    def train_mode(self) -> None:
+        self.model.train()
+        self.model.vision_tower.eval()
+
+    def make_batch(self, step: int, rank: int, world_size: int) -> Batch:
+        numbers = local_numbers(step, self.config.batch_size, rank, world_size)
+        encoded = [self._encode(self.source[number]) for number in numbers]
+        return collate(encoded, self.config.row_length, int(self.processor.tokenizer.pad_token_id))
+
+    def _encode(self, sample: Sample) -> EncodedSample:
+        return encode_sample(
+            sample,
+            self.processor.tokenizer,
+            self.processor.template,
+            self.model.config.vision_config.num_positions,
+            drop_text=drops_text(self.seed, sample.id, self.config.text_dropout),
+        )
+
+    def compute(self, batch: Batch, step: int) -> StepResult:
+        batch = batch.to(self.model.device)
+        frames = to_pixel_values(batch.frames) if len(batch.frames) else None
+        losses = self.model.losses(
+            batch.input_ids,
+            batch.kinds,
+            batch.text_targets,
+            batch.visual_targets,
+            pixel_values=frames,
+            position_ids=batch.position_ids,
+        )
+        counts = torch.tensor([losses.text.numel(), losses.visual.numel()], dtype=torch.float64)
+        text_count, visual_count = parallel.sum_over_ranks(counts).clamp_min(1).tolist()
+        loss = self.config.text_weight * losses.text.sum() / text_count
+        loss = loss + self.config.visual_weight * losses.visual.sum() / visual_count
+        sums: dict[str, Any] = {
+            "text": (losses.text.detach().sum(), losses.text.numel()),
+            "visual": (losses.visual.detach().sum(), losses.visual.numel()),
+            "padding": (1.0 - float((batch.form_ids >= 0).float().mean()), 1),
+        }
+        return StepResult(loss, sums | _by_form(losses, batch))
+
+    def save_result(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+
+def drops_text(seed: int, sample_id: str, share: float) -> bool:
+    """Return whether a prompt is emptied for guidance: the same answer for a sample on every process and resume."""
+    return zlib.crc32(f"{seed}/{sample_id}".encode()) < share * 2**32
+
+
+def _by_form(losses: VilaULosses, batch: Batch) -> dict[str, tuple[Any, Any]]:
+    forms = batch.form_ids.flatten()
+    figures: dict[str, tuple[Any, Any]] = {}
+    for kind, values, at in (("text", losses.text, losses.text_at), ("visual", losses.visual, losses.visual_at)):
+        for number in forms[at].unique().tolist():
+            own = values.detach()[forms[at] == number]
+            figures[f"{kind}/{FORMS[number]}"] = (own.sum(), own.numel())
+    return figures

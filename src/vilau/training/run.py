@@ -1,0 +1,132 @@
+"""From a configuration to finished stages: build the data, the model and the engine of each, in order."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from vilau.configuration import VilaUConfig
+from vilau.data.nano.dataset import ImageTextDataset, NanoDataset
+from vilau.data.nano.world import ASSETS, World
+from vilau.modeling.vila_u import VilaUModel
+from vilau.modeling.vision_tower import VisionTower
+from vilau.processing.processor import build as build_processor
+from vilau.training import parallel
+from vilau.training.config import STAGE_ORDER, StageName, TrainConfig
+from vilau.training.engine import Engine, EngineOptions, SampleHook
+from vilau.training.language import LanguageStage
+from vilau.training.stage import Stage
+from vilau.training.vision_tower import TowerStage
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the caller adds: `samples` draws pictures at intervals, `on_step` is called after each step."""
+
+    samples: SampleHook | None = None
+    on_step: Callable[[str, int], None] | None = None
+
+
+def run(config: TrainConfig, hooks: Hooks = Hooks(), show_progress: bool = True) -> Path:  # noqa: B008
+    """Train all stages of `config` and return the folder of the last one's result; finished stages are skipped."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    parallel.start()
+    result: Path | None = None
+    try:
+        for number, name in enumerate(s for s in STAGE_ORDER if s in config.stages):
+            folder = Path(config.output) / name
+            if (folder / "final").is_dir():
+                logger.info("%s is finished already", name)
+                result = folder / "final"
+                continue
+            torch.manual_seed(config.seed)
+            seed = config.seed * 100 + number
+            stage = build_stage(config, name, result, seed)
+            options = EngineOptions(
+                folder,
+                seed,
+                config.log_every,
+                config.save_every,
+                config.sample_every,
+                config.keep_checkpoints,
+                config.data.workers,
+                hooks.samples,
+                _bind(hooks.on_step, name),
+                show_progress,
+            )
+            result = Engine(stage, options).run()
+    finally:
+        parallel.stop()
+    if result is None:
+        raise ValueError("the configuration has no stages: add at least one under `stages`")
+    return result
+
+
+def build_stage(config: TrainConfig, name: StageName, previous: Path | None, seed: int) -> Stage:
+    """Return a stage ready to train, its weights from `init_from`, else from the previous stage, else fresh."""
+    settings = config.stages[name]
+    source_folder = Path(settings.init_from) if settings.init_from else previous
+    if source_folder is not None and not source_folder.is_dir():
+        raise ValueError(f"stages.{name}.init_from: there is no folder {source_folder}")
+    world_folder = Path(config.data.world) if config.data.world else None
+    world = World.load(world_folder, objects=config.data.objects, styles=tuple(config.data.styles))
+    tokenizer_folder = world_folder / "tokenizer" if world_folder else ASSETS / "tokenizer"
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    model_config = build_config(config, len(tokenizer))
+    size = settings.steps * settings.batch_size
+    image_size = model_config.vision_config.image_size
+    if name in ("align", "vision_tower"):
+        tower_config = model_config.vision_config
+        text = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **config.text_encoder}
+        text |= {"bos_token_id": None, "eos_token_id": None, "projection_size": tower_config.hidden_size}
+        tower_config.text_encoder_config = tower_config.sub_configs["text_encoder_config"](**text)
+        tower = VisionTower.from_pretrained(source_folder) if source_folder else VisionTower(tower_config)
+        pictures = ImageTextDataset(world, "train", seed, image_size, size)
+        length = tower.config.text_encoder_config.max_position_embeddings
+        return TowerStage(name, settings, tower, pictures, tokenizer, length)
+    model = load_language_stage(model_config, source_folder)
+    samples = NanoDataset(
+        world, settings.mixture, "train", seed, image_size, model_config.num_frames, settings.jitter, size
+    )
+    processor = build_processor(tokenizer, model.config)
+    return LanguageStage(name, settings, model, samples, processor, seed)
+
+
+def build_config(config: TrainConfig, vocab_size: int) -> VilaUConfig:
+    """Return the model's configuration with the tokenizer's vocabulary size filled in."""
+    fields: dict[str, Any] = {**config.model}
+    fields["text_config"] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0} | dict(fields["text_config"])
+    fields["text_config"].setdefault("vocab_size", vocab_size)
+    return VilaUConfig(**fields)
+
+
+def load_language_stage(model_config: VilaUConfig, folder: Path | None) -> VilaUModel:
+    """Return the joined model: from a finished language stage, or fresh around a finished (or fresh) tower."""
+    if folder is not None and _holds_joined_model(folder):
+        return VilaUModel.from_pretrained(folder)
+    model = VilaUModel(model_config)
+    if folder is not None:
+        tower = VisionTower.from_pretrained(folder)
+        tower.text_encoder = None
+        model.vision_tower.load_state_dict(tower.state_dict())
+    return model
+
+
+def _holds_joined_model(folder: Path) -> bool:
+    from transformers import PreTrainedConfig
+
+    return PreTrainedConfig.get_config_dict(os.fspath(folder))[0].get("model_type") == VilaUConfig.model_type
+
+
+def _bind(on_step: Callable[[str, int], None] | None, name: str) -> Callable[[int], None] | None:
+    return None if on_step is None else lambda step: on_step(name, step)
