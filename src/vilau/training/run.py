@@ -17,7 +17,7 @@ from vilau.data.nano.dataset import ImageTextDataset, NanoDataset
 from vilau.data.nano.world import ASSETS, World
 from vilau.modeling.vila_u import VilaUModel
 from vilau.modeling.vision_tower import VisionTower
-from vilau.processing.processor import build as build_processor
+from vilau.processing.processor import build_processor
 from vilau.training import parallel
 from vilau.training.config import STAGE_ORDER, StageName, TrainConfig
 from vilau.training.engine import Engine, EngineOptions, SampleHook
