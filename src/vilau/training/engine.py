@@ -225,7 +225,7 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 def _quiet_worker(_: int) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a signal to the whole group is the engine's to handle
 
 
 def _reduce(sums: Any) -> dict[str, tuple[float, float]]:

@@ -1,0 +1,1 @@
+"""Sampling of visual codes: filters, guidance, the visual loop. No files, no tokenizer."""

@@ -1,0 +1,217 @@
+"""VilaUForConditionalGeneration: what users load, save and generate with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from vilau.configuration import DepthTransformerConfig, PositionKind, VilaUConfig, VisionTowerConfig
+from vilau.generation.sampling import SamplingOptions, row_seeds
+from vilau.generation.visual import Progress, generate_codes
+from vilau.modeling.vila_u import VilaULosses, VilaUModel
+from vilau.modeling.vision_tower import VisionTower
+
+GENERATION_MODES = ("text", "image", "video")
+
+
+@dataclass(frozen=True)
+class VisualOutput:
+    """Generated pictures or videos.
+
+    Pictures: `codes` (N, P, D), `pixel_values` (N, 3, S, S) in [-1, 1]. Videos: `codes` (N, F, P, D), `pixel_values`
+    (N, F, 3, S, S). `N` is the number of prompts times the number of pictures per prompt, prompt by prompt.
+    """
+
+    codes: torch.Tensor
+    pixel_values: torch.Tensor
+
+
+class VilaUForConditionalGeneration(VilaUModel, GenerationMixin):
+    """The unified model with generation of text, pictures and videos.
+
+    The default sampling of visual codes stands in `generation_config` (`guidance_scale`, `visual_temperature`,
+    `visual_top_k`, `visual_top_p`) and is saved with the model.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor | None = None,
+        kinds: torch.Tensor | None = None,
+        codes: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Return text logits ``(B, L, vocabulary)`` of a mixed sequence; for training see `losses`.
+
+        Args:
+            input_ids, kinds: ``(B, L)``; `kinds` may be absent for text alone.
+            codes or pixel_values: the pictures in order of appearance.
+            inputs_embeds: ``(B, L, H)`` in place of all of these.
+            logits_to_keep: compute logits for the last so many positions only; 0 means all.
+        """
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("give input_ids or inputs_embeds")
+            inputs_embeds = self.embed(input_ids, kinds, codes, pixel_values)
+        output = self.language_model.base_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+        )
+        hidden = output.last_hidden_state[:, -logits_to_keep:] if logits_to_keep else output.last_hidden_state
+        return CausalLMOutputWithPast(
+            logits=self.get_output_embeddings()(hidden), past_key_values=output.past_key_values
+        )
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor,
+        kinds: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        codes: torch.Tensor | None = None,
+        generation_mode: str = "text",
+        **kwargs: Any,
+    ) -> torch.Tensor | VisualOutput:
+        """Continue left-padded prompts with text, a picture or a video.
+
+        Args:
+            input_ids, kinds, attention_mask, pixel_values: as the processor returns them.
+            generation_mode: `text`, `image` or `video`.
+            kwargs: for text, everything that the library's own `generate` knows; for pictures and videos the
+                arguments of `generate_visual`.
+
+        Returns:
+            New token ids ``(B, T)`` for text, a `VisualOutput` otherwise.
+        """
+        if generation_mode not in GENERATION_MODES:
+            raise ValueError(f"generation_mode is {generation_mode!r}; it must be one of {', '.join(GENERATION_MODES)}")
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids) if kinds is None else (kinds != PositionKind.PAD).long()
+        embeds = self.embed(input_ids, kinds, codes, pixel_values)
+        if generation_mode == "text":
+            kwargs.pop("unconditional_ids", None)
+            return super().generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
+        return self.generate_visual(embeds, attention_mask, generation_mode == "video", **kwargs)
+
+    def visual_defaults(self) -> SamplingOptions:
+        """Return this model's default sampling of visual codes."""
+        stored = self.generation_config
+        base = SamplingOptions()
+        names = {
+            "guidance_scale": "guidance_scale",
+            "temperature": "visual_temperature",
+            "top_k": "visual_top_k",
+            "top_p": "visual_top_p",
+        }
+        values = {ours: getattr(stored, theirs, None) for ours, theirs in names.items()}
+        return SamplingOptions(**{n: getattr(base, n) if v is None else v for n, v in values.items()})
+
+    @torch.no_grad()
+    def generate_visual(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor,
+        video: bool,
+        unconditional_ids: torch.Tensor | None = None,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        num_images_per_prompt: int = 1,
+        num_frames: int | None = None,
+        progress: Progress | None = None,
+    ) -> VisualOutput:
+        """Return pictures or videos for prompts ``inputs_embeds`` (B, L, H) that end with a visual start token.
+
+        Args:
+            unconditional_ids: ``(1, U)`` ids of the prompt without its text; needed unless `guidance_scale` is 1.
+            guidance_scale, temperature, top_k, top_p: see `SamplingOptions`; absent, the model's defaults.
+            seed: any integer; the same seed gives the same codes.
+            num_images_per_prompt: pictures (or videos) for each prompt.
+            num_frames: frames of a video; absent, the configuration's.
+            progress: called with (positions done, total); returning ``False`` cancels.
+        """
+        options = self._options(guidance_scale, temperature, top_k, top_p)
+        if num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}; it must be at least 1")
+        frames = (num_frames or self.config.num_frames) if video else 1
+        if num_frames is not None and num_frames < 1:
+            raise ValueError(f"num_frames is {num_frames}; it must be at least 1")
+        positions = frames * self.config.vision_config.num_positions
+        limit = getattr(self.config.text_config, "max_position_embeddings", None)
+        if limit is not None and inputs_embeds.shape[1] + positions > limit:
+            raise ValueError(
+                f"the prompt's {inputs_embeds.shape[1]} positions and the {positions} to generate exceed the context "
+                f"of {limit}; shorten the prompt or ask for fewer frames"
+            )
+        embeds = inputs_embeds.repeat_interleave(num_images_per_prompt, 0)
+        mask = attention_mask.repeat_interleave(num_images_per_prompt, 0)
+        rows = len(embeds)
+        if options.guidance_scale != 1:
+            if unconditional_ids is None:
+                raise ValueError("guidance needs unconditional_ids (the processor adds them); or set guidance_scale=1")
+            embeds, mask = self._add_unconditional(embeds, mask, unconditional_ids)
+        seeds = row_seeds(seed, rows, embeds.device)
+        codes = generate_codes(self, embeds, mask, positions, options, seeds, progress)
+        codes = codes.unflatten(1, (frames, -1))  # (N, F, P, D)
+        pixels = self.vision_tower.decode(codes.flatten(0, 1)).unflatten(0, (rows, frames))
+        return VisualOutput(codes, pixels) if video else VisualOutput(codes[:, 0], pixels[:, 0])
+
+    def _options(
+        self, guidance_scale: float | None, temperature: float | None, top_k: int | None, top_p: float | None
+    ) -> SamplingOptions:
+        base = self.visual_defaults()
+        return SamplingOptions(
+            base.guidance_scale if guidance_scale is None else guidance_scale,
+            base.temperature if temperature is None else temperature,
+            base.top_k if top_k is None else top_k,
+            base.top_p if top_p is None else top_p,
+        )
+
+    def _add_unconditional(
+        self, embeds: torch.Tensor, mask: torch.Tensor, ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stack unconditional rows under the conditional ones, all left-padded to one length."""
+        empty = self.embed(ids[:1]).expand(len(embeds), -1, -1)
+        empty_mask = mask.new_ones(empty.shape[:2])
+        length = max(embeds.shape[1], empty.shape[1])
+        padded = [_pad_left(e, length) for e in (embeds, empty)]
+        masks = [_pad_left(m, length) for m in (mask, empty_mask)]
+        return torch.cat(padded), torch.cat(masks)
+
+
+def _pad_left(rows: torch.Tensor, length: int) -> torch.Tensor:
+    missing = length - rows.shape[1]
+    if not missing:
+        return rows
+    return torch.cat([rows.new_zeros((len(rows), missing, *rows.shape[2:])), rows], 1)
+
+
+def register() -> None:
+    """Make the Auto classes of `transformers` know this model; harmless when called again."""
+    from vilau.processing.processor import VilaUProcessor
+
+    for config in (VilaUConfig, VisionTowerConfig, DepthTransformerConfig):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(VisionTowerConfig, VisionTower, exist_ok=True)
+    AutoModel.register(VilaUConfig, VilaUForConditionalGeneration, exist_ok=True)
+    AutoModelForImageTextToText.register(VilaUConfig, VilaUForConditionalGeneration, exist_ok=True)
+    AutoProcessor.register(VilaUConfig, VilaUProcessor, exist_ok=True)
+
+
+__all__ = ["VilaULosses", "VilaUForConditionalGeneration", "VisualOutput", "register"]
