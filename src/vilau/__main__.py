@@ -1,0 +1,5 @@
+"""`python -m vilau`."""
+
+from vilau.cli.main import run
+
+run()

@@ -1,0 +1,5 @@
+"""`python -m vilau.cli`."""
+
+from vilau.cli.main import run
+
+run()

@@ -1,0 +1,129 @@
+"""What the verbs share: loading quietly, checked numbers, output files, progress on stderr, JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from vilau.pipeline import Pipeline
+
+LONGEST_ERROR = 600
+
+MODEL_HELP = "Folder or hub id of a model; the shipped one if absent."
+DEVICE_HELP = "cpu, cuda, cuda:1, mps; the GPU if there is one."
+JSON_HELP = "Print JSON, and nothing else, on stdout."
+
+
+def one_line(error: BaseException) -> str:
+    """An error as one line of bearable length."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    text = " ".join(text.split()) or type(error).__name__
+    return text if len(text) <= LONGEST_ERROR else text[: LONGEST_ERROR - 4] + " ..."
+
+
+def within(low: float, high: float, above: bool = False) -> Callable[[Any], Any]:
+    """Return a check of an option's value: finite, from ``low`` (with ``above``: not ``low``) to ``high``."""
+
+    def check(value: Any) -> Any:
+        if value is None:
+            return None
+        if not math.isfinite(value) or value > high or value < low or (above and value == low):
+            limits = f"above {low:g} and at most {high:g}" if above else f"from {low:g} to {high:g}"
+            raise typer.BadParameter(f"{value} is out of range: it must be {limits}")
+        return value
+
+    return check
+
+
+def say(message: str) -> None:
+    """Print a line of progress on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+class Ticker:
+    """A counter that rewrites one line of a terminal's stderr, and is silent elsewhere."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.live = sys.stderr.isatty()
+        self.last = 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show that ``done`` of ``total`` is done."""
+        now = time.monotonic()
+        if not self.live or (now - self.last < 0.1 and done < total):
+            return
+        self.last = now
+        sys.stderr.write(f"\r\x1b[K{self.what}: {done}/{total}")
+        if done >= total:
+            sys.stderr.write("\r\x1b[K")
+        sys.stderr.flush()
+
+
+def quiet_libraries() -> None:
+    """Keep progress bars and advice of the libraries off the terminal."""
+    import logging
+
+    from transformers.utils import logging as library
+
+    library.set_verbosity_error()
+    library.disable_progress_bar()
+    logging.getLogger("torch").setLevel(logging.ERROR)
+
+
+def load_pipeline(model: str | None, device: str | None) -> Pipeline:
+    """Load a model for a command; ``ValueError`` in one line when that fails."""
+    from vilau.shipped import find_model
+
+    find_model(model)
+    quiet_libraries()
+    from vilau.pipeline import load
+
+    return load(model, device)
+
+
+def check_targets(targets: Sequence[Path], force: bool) -> None:
+    """Refuse, before any work, what could not be written in the end.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError, PermissionError: one line that names the file and the remedy.
+    """
+    for target in targets:
+        parent = target.parent
+        if not parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {parent} to write {target.name} into: create it first")
+        if target.is_dir():
+            raise ValueError(f"cannot write {target}: it is a folder")
+        if target.exists() and not force:
+            raise FileExistsError(f"{target} exists: add --force to overwrite it")
+        if not os.access(parent, os.W_OK):
+            raise PermissionError(f"cannot write into the folder {parent}: permission denied")
+
+
+def write_text(text: str, target: Path) -> None:
+    """Write a text file that appears whole or not at all."""
+    from vilau.processing.images import atomic_path
+
+    with atomic_path(target) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def shown_model(model: str | None) -> str:
+    """The model's name for people and JSON."""
+    return "shipped" if model is None else str(model)

@@ -1,0 +1,55 @@
+"""`vilau data`: build the data that models are trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from vilau.cli.common import JSON_HELP, print_json, within
+
+app = typer.Typer(help="Build training data.", rich_markup_mode=None)
+
+
+@app.callback()
+def _group() -> None:
+    """Build training data."""
+
+
+@app.command("nano")
+def nano(
+    out: Path = typer.Option(..., "--out", help="Folder to write; it appears whole or not at all."),
+    samples: int = typer.Option(
+        10_000,
+        callback=within(1, 100_000_000),
+        help="Training samples, spread over the forms; a tenth as many held-out ones come on top.",
+    ),
+    styles: list[str] = typer.Option(["noto"], "--style", help="Emoji art: noto, twemoji; may be given twice."),
+    image_size: int = typer.Option(32, callback=within(8, 1024), help="Side of the pictures, pixels."),
+    frames: int = typer.Option(4, callback=within(1, 64), help="Frames of a film."),
+    seed: int = typer.Option(0, callback=within(0, 2**31), help="Another seed, other samples."),
+    cache: Path | None = typer.Option(None, help="Folder of the fetched packages; the user's cache if absent."),
+    offline: bool = typer.Option(False, "--offline", help="Take the shipped sprites and fetch nothing."),
+    force: bool = typer.Option(False, "--force", help="Replace nano data that is there."),
+    as_json: bool = typer.Option(False, "--json", help=JSON_HELP),
+) -> None:
+    """Build the nano world's shards, manifest, licences and attribution from registry packages."""
+    from dataclasses import asdict
+
+    from vilau.data.nano.build import build_nano
+
+    manifest = build_nano(
+        out,
+        samples=samples,
+        styles=tuple(styles),
+        cache=cache,
+        force=force,
+        download=not offline,
+        image_size=image_size,
+        num_frames=frames,
+        seed=seed,
+    )
+    if as_json:
+        print_json({"out": str(out), **asdict(manifest)})
+        return
+    typer.echo(str(out))

@@ -1,0 +1,70 @@
+"""`vilau eval`: measure a model with a fixed suite."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from vilau.cli.common import (
+    DEVICE_HELP,
+    JSON_HELP,
+    MODEL_HELP,
+    check_targets,
+    print_json,
+    quiet_libraries,
+    say,
+    within,
+    write_text,
+)
+
+SUITES = ("nano",)
+
+
+def evaluate(
+    model: str | None = typer.Argument(None, metavar="[MODEL]", help=MODEL_HELP),
+    suite: str = typer.Option("nano", help=f"Which suite: {', '.join(SUITES)}."),
+    limit: int | None = typer.Option(
+        None, callback=within(1, 10**9), help="At most this many items per metric; all if absent."
+    ),
+    seed: int = typer.Option(0, callback=within(0, 2**63 - 1), help="Seed of everything drawn at random."),
+    device: str | None = typer.Option(None, help=DEVICE_HELP),
+    out: Path | None = typer.Option(None, "--out", help="Also write the JSON to this file."),
+    force: bool = typer.Option(False, "--force", help="Overwrite an existing file."),
+    as_json: bool = typer.Option(False, "--json", help=JSON_HELP),
+) -> None:
+    """Measure a model: metrics, their ceilings, and how many items each had. A repeat gives the same figures."""
+    if suite not in SUITES:
+        raise typer.BadParameter(f"unknown suite {suite!r}: choose one of {', '.join(SUITES)}")
+    if out is not None:
+        check_targets([out], force)
+    from vilau.shipped import find_model
+
+    folder = find_model(model)
+    quiet_libraries()
+    from vilau.evaluation.nano import run_suite
+
+    result = run_suite(folder, limit=limit, seed=seed, device=device, progress=say)
+    if out is not None:
+        write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", out)
+    if as_json:
+        print_json(result)
+        return
+    for line in table(result):
+        typer.echo(line)
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """Metrics beside their ceilings and sample counts, as lines for people."""
+    lines = [f"{'metric':<26} {'value':>9} {'ceiling':>9} {'items':>7}"]
+    ceilings, samples = result.get("ceilings", {}), result.get("samples", {})
+    for name, value in result["metrics"].items():
+        ceiling = f"{ceilings[name]:.3f}" if name in ceilings else "-"
+        shown = "-" if value is None else f"{value:.3f}"
+        lines.append(f"{name:<26} {shown:>9} {ceiling:>9} {samples.get(name, '-')!s:>7}")
+    lines += [
+        f"ceiling of {name:<15} {value:>9.3f}" for name, value in ceilings.items() if name not in result["metrics"]
+    ]
+    return lines

@@ -1,0 +1,193 @@
+"""`vilau info`: what a model is made of, read from its files without loading it."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from vilau.cli.common import JSON_HELP, MODEL_HELP, print_json, shown_model
+
+BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+STORED = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "I8": "int8",
+    "I32": "int32",
+}
+PARTS = ("vision_tower", "projector", "language_model", "depth_transformer")
+
+
+def info(
+    model: str | None = typer.Argument(None, metavar="[MODEL]", help=MODEL_HELP),
+    as_json: bool = typer.Option(False, "--json", help=JSON_HELP),
+) -> None:
+    """Show a model's parts, shapes, memory, template and licence."""
+    facts = describe(model)
+    if as_json:
+        print_json(facts)
+        return
+    for line in table(facts):
+        typer.echo(line)
+
+
+def describe(model: str | None) -> dict[str, Any]:
+    """Return the facts of a model's folder (a hub id is fetched); ``ValueError``: a file is missing or broken."""
+    from vilau.cli.common import quiet_libraries
+    from vilau.shipped import find_model
+
+    folder = find_model(model)
+    quiet_libraries()
+    if not isinstance(folder, Path):
+        folder = _fetch(folder)
+    from vilau.configuration import VilaUConfig
+
+    try:
+        config = VilaUConfig.from_pretrained(str(folder))
+    except Exception as error:
+        raise ValueError(f"cannot read {folder / 'config.json'}: {str(error).splitlines()[0]}") from error
+    if _json(folder / "config.json").get("model_type") != VilaUConfig.model_type:
+        raise ValueError(f"{folder} holds a model of another kind: its model_type is not {VilaUConfig.model_type!r}")
+    tensors = _tensors(folder)
+    counts = _parameters(tensors)
+    total = sum(counts.values())
+    vision = config.vision_config
+    processor = folder / "processor_config.json"
+    template = _json(processor).get("template") if processor.is_file() else None
+    return {
+        "model": shown_model(model),
+        "folder": str(folder),
+        "parameters": {**counts, "total": total},
+        "shapes": {
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "positions_per_image": vision.num_positions,
+            "depth": vision.depth,
+            "codebook_size": vision.codebook_size,
+            "code_width": vision.code_width,
+            "frames_per_video": config.num_frames,
+            "language_model": config.text_config.model_type,
+            "hidden_size": config.hidden_size,
+            "layers": config.text_config.num_hidden_layers,
+            "vocabulary": config.text_config.vocab_size,
+            "context": getattr(config.text_config, "max_position_embeddings", None),
+        },
+        "stored_as": sorted({STORED.get(dtype, dtype) for dtype, _ in tensors.values()}),
+        "memory_mb": {name: round(total * size / 1e6, 1) for name, size in BYTES.items()},
+        "template": template.get("name", "own") if isinstance(template, dict) else template,
+        "licence": _licence(folder),
+    }
+
+
+def table(facts: dict[str, Any]) -> list[str]:
+    """The facts as lines for people."""
+    rows = [("model", facts["model"]), ("folder", facts["folder"]), ("", "")]
+    counts = facts["parameters"]
+    width = len(f"{counts['total']:,}")
+    for name, count in counts.items():
+        rows.append((name, f"{count:>{width},} parameters  {100 * count / max(1, counts['total']):5.1f} %"))
+    shapes = facts["shapes"]
+    side, positions = shapes["image_size"], shapes["positions_per_image"]
+    rows += [
+        ("", ""),
+        ("picture", f"{side}x{side} px = {positions} positions x {shapes['depth']} codes of {shapes['codebook_size']}"),
+        ("film", f"{shapes['frames_per_video']} frames = {shapes['frames_per_video'] * positions} positions"),
+        ("code width", str(shapes["code_width"])),
+        (
+            "language",
+            f"{shapes['language_model']}, {shapes['layers']} layers of {shapes['hidden_size']}, "
+            f"{shapes['vocabulary']} words, context {shapes['context']}",
+        ),
+        ("stored as", ", ".join(facts["stored_as"])),
+        ("memory", ", ".join(f"{size:g} MB in {name}" for name, size in facts["memory_mb"].items())),
+        ("template", str(facts["template"])),
+        ("licence", str(facts["licence"])),
+    ]
+    return [f"{name:<18} {value}".rstrip() for name, value in rows]
+
+
+def _parameters(tensors: dict[str, tuple[str, list[int]]]) -> dict[str, int]:
+    counts = dict.fromkeys(PARTS, 0)
+    for name, (_, shape) in tensors.items():
+        part = next((part for part in name.split(".") if part in PARTS), "other")
+        size = 1
+        for length in shape:
+            size *= length
+        counts[part] = counts.get(part, 0) + size
+    return counts
+
+
+def _tensors(folder: Path) -> dict[str, tuple[str, list[int]]]:
+    """Name -> (dtype, shape) of every tensor, from the headers of the safetensors files."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = [folder / name for name in sorted(set(_json(index).get("weight_map", {}).values()))]
+    else:
+        files = [folder / "model.safetensors"]
+    found: dict[str, tuple[str, list[int]]] = {}
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{folder} is not a whole model: {file.name} is missing")
+        header = _header(file)
+        found |= {name: (value["dtype"], value["shape"]) for name, value in header.items() if name != "__metadata__"}
+    return found
+
+
+def _header(file: Path) -> dict[str, Any]:
+    with open(file, "rb") as stream:
+        try:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > min(100_000_000, file.stat().st_size):
+                raise ValueError("its header is longer than the file")
+            header = json.loads(stream.read(length))
+            end = max((value["data_offsets"][1] for name, value in header.items() if name != "__metadata__"), default=0)
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
+    if file.stat().st_size != 8 + length + end:
+        raise ValueError(f"{file} is damaged: it has {file.stat().st_size} bytes and should have {8 + length + end}")
+    return header
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {file}: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"cannot read {file}: it holds no JSON object")
+    return value
+
+
+def _licence(folder: Path) -> str:
+    """The licence named in the front matter of the model card."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return "not stated (no model card)"
+    import yaml
+
+    text = card.read_text(encoding="utf-8", errors="replace")
+    if not text.startswith("---\n"):
+        return "see README.md in the folder"
+    try:
+        front = yaml.safe_load(text[4:].split("\n---", 1)[0])
+    except yaml.YAMLError:
+        front = None
+    named = front.get("license") if isinstance(front, dict) else None
+    return str(named) if named else "see README.md in the folder"
+
+
+def _fetch(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name))
+    except Exception as error:
+        raise ValueError(f"cannot fetch the model {name!r}: {str(error).strip().splitlines()[0]}") from error

@@ -1,0 +1,159 @@
+"""The short way in: load a model with its processor, then draw, film and ask.
+
+    import vilau
+    model = vilau.load()
+    model.draw("a red apple on a blue background")[0].save("apple.png")
+
+`Pipeline` adds nothing to `VilaUForConditionalGeneration` and `VilaUProcessor` but the joining of the two.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from vilau.model import VilaUForConditionalGeneration
+from vilau.processing.processor import VilaUProcessor
+from vilau.processing.videos import media_kind
+from vilau.shipped import find_model
+
+Progress = Callable[[int, int], None]
+Medium = str | os.PathLike[str] | Image.Image | Sequence[Image.Image]
+
+
+class Pipeline:
+    """A model and its processor.
+
+    Sampling settings (``guidance_scale``, ``temperature``, ``top_k``, ``top_p``, ``seed``) that are not given are the
+    model's own. ``progress`` is called with (positions done, positions in all).
+    """
+
+    def __init__(self, model: VilaUForConditionalGeneration, processor: VilaUProcessor) -> None:
+        self.model = model
+        self.processor = processor
+
+    def draw(self, prompt: str, n: int = 1, progress: Progress | None = None, **sampling: Any) -> list[Image.Image]:
+        """Draw ``n`` pictures of a prompt."""
+        out = self._generate("image", _user({"type": "text", "text": prompt}), n, progress, sampling)
+        return self.processor.to_pil(out.pixel_values)
+
+    def film(
+        self, prompt: str, n: int = 1, num_frames: int | None = None, progress: Progress | None = None, **sampling: Any
+    ) -> list[list[Image.Image]]:
+        """Make ``n`` films of a prompt; each is the list of its frames."""
+        frames = num_frames or self.processor.num_frames
+        sampling = {**sampling, "num_frames": frames}
+        out = self._generate("video", _user({"type": "text", "text": prompt}), n, progress, sampling)
+        return self.processor.to_films(out.pixel_values, frames)
+
+    def ask(
+        self,
+        media: Medium | Sequence[Medium] = (),
+        question: str | None = None,
+        num_frames: int | None = None,
+        **generation: Any,
+    ) -> str:
+        """Answer a question about pictures and films; without a question describe them, without media just talk.
+
+        media: a path or a picture, or a list of them; a film is a path or a list of pictures inside the list.
+        """
+        items = [media] if isinstance(media, str | os.PathLike | Image.Image) else list(media)
+        parts = [_medium(item) for item in items]
+        if question is not None:
+            parts.append({"type": "text", "text": question})
+        return self.chat(_user(*parts), num_frames, **generation)
+
+    def chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        num_frames: int | None = None,
+        max_new_tokens: int = 128,
+        **generation: Any,
+    ) -> str:
+        """Continue a conversation of ``{"role", "content"}`` messages with the assistant's text."""
+        inputs = self.processor.apply_chat_template(messages, generation_mode="text", num_frames=num_frames)
+        limit = self.processor.context_length
+        if limit is not None:
+            max_new_tokens = min(max_new_tokens, limit - inputs["input_ids"].shape[1])
+        generation.setdefault("do_sample", False)
+        ids = self.model.generate(
+            **inputs.to(self.model.device), generation_mode="text", max_new_tokens=max_new_tokens, **generation
+        )
+        return self.processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
+
+    def _generate(
+        self, mode: str, messages: list[dict[str, Any]], n: int, progress: Progress | None, sampling: dict[str, Any]
+    ) -> Any:
+        if n < 1:
+            raise ValueError(f"n is {n}: it must be at least 1")
+        frames = {"num_frames": sampling["num_frames"]} if "num_frames" in sampling else {}
+        inputs = self.processor.apply_chat_template(messages, generation_mode=mode, **frames)
+        if "unconditional_ids" not in inputs:
+            inputs["unconditional_ids"] = self.processor.unconditional(mode)["input_ids"]
+        return self.model.generate(
+            **inputs.to(self.model.device),
+            generation_mode=mode,
+            num_images_per_prompt=n,
+            progress=progress,
+            **{name: value for name, value in sampling.items() if value is not None},
+        )
+
+
+def load(model: str | os.PathLike[str] | None = None, device: str | None = None, dtype: Any = None) -> Pipeline:
+    """Load a model and its processor; the shipped model unless a folder or a hub id is given.
+
+    device: `cpu`, `cuda`, `cuda:1`, `mps`; absent, the GPU if there is one. dtype: float32 on a CPU and as stored
+    elsewhere, unless given.
+
+    Raises:
+        ValueError: no such model, a file of it is missing or broken, or there is no such device.
+    """
+    target = _device(device)
+    name = str(find_model(model))
+    try:
+        network, loaded = VilaUForConditionalGeneration.from_pretrained(
+            name, dtype=dtype or ("float32" if target.type == "cpu" else "auto"), output_loading_info=True
+        )
+        processor = VilaUProcessor.from_pretrained(name)
+    except Exception as error:
+        raise ValueError(f"cannot load the model {name}: {_first_line(error)}") from error
+    missing = sorted(loaded.get("missing_keys", ())) + sorted(str(key) for key in loaded.get("mismatched_keys", ()))
+    if missing:
+        raise ValueError(
+            f"cannot load the model {name}: {len(missing)} of its tensors are missing or have the wrong shape, "
+            f"the first is {missing[0]}; fetch or train it again"
+        )
+    return Pipeline(network.eval().to(target), processor)
+
+
+def _device(device: str | None) -> torch.device:
+    if device in (None, "auto"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(str(device))
+        torch.empty(0, device=target)
+    except Exception as error:
+        raise ValueError(f"cannot use the device {device!r}: {_first_line(error)}") from error
+    return target
+
+
+def _user(*parts: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": list(parts)}]
+
+
+def _medium(item: Any) -> dict[str, Any]:
+    if isinstance(item, list | tuple):
+        return {"type": "video", "video": list(item)}
+    if isinstance(item, Image.Image):
+        return {"type": "image", "image": item}
+    kind = media_kind(item)
+    return {"type": kind, kind: item}
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
