@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,10 +54,11 @@ def spans(batch: Batch) -> list[tuple[int, int, int]]:
     return out
 
 
-@pytest.mark.parametrize("make", [lambda: collate(SAMPLES, 16, PAD), lambda: collate_padded(SAMPLES, PAD), lambda: collate_padded(SAMPLES, PAD, side="left")])  # fmt: skip
-def test_every_sample_arrives_whole(make) -> None:  # type: ignore[no-untyped-def]
-    """Ids, kinds, targets, positions, forms of each sample are unchanged by packing and padding; frames follow the rows."""
-    batch = make()
+@pytest.mark.parametrize("layout", ["packed", "right", "left"])
+def test_every_sample_arrives_whole(layout: Any) -> None:
+    """Ids, kinds, targets, positions, forms of each sample are unchanged by packing and padding; frames follow the
+    rows."""
+    batch = collate(SAMPLES, 16, PAD) if layout == "packed" else collate_padded(SAMPLES, PAD, side=layout)
     assert batch.sample_ids == ("a", "b", "c", "d") and batch.forms == (
         "text_image",
         "text_video",
@@ -106,7 +108,8 @@ def test_positions_restart_at_every_border() -> None:
 
 
 def test_no_target_crosses_a_border() -> None:
-    """The first position of a sample would be predicted from its neighbour: it is never a target, and a sample that says so stops."""
+    """The first position of a sample would be predicted from its neighbour: it is never a target, and a sample that
+    says so stops."""
     batch = collate(SAMPLES, 16, PAD)
     first = batch.position_ids == 0
     assert not (batch.text_targets & first).any() and not (batch.visual_targets & first).any()

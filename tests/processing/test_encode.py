@@ -88,7 +88,9 @@ def test_story_supervises_all_text_after_the_first_token_and_no_picture() -> Non
     """Interleaved: text only, start and end tokens included, the first token never."""
     got = encode(sample("interleaved", ("document", (text("re"), image(1), text("im"), image(2)))))
     assert shown(got) == [
-        "<s>", "re*", "<image_start>*", *["V"] * P, "<image_end>*", "im*", "<image_start>*", *["V"] * P, "<image_end>*", "</s>*"
+        "<s>",
+        *("re*", "<image_start>*"), *["V"] * P, "<image_end>*",
+        *("im*", "<image_start>*"), *["V"] * P, "<image_end>*", "</s>*",
     ]  # fmt: skip
     assert got.frames[:, 0, 0, 0].tolist() == [1, 2]
 
@@ -106,7 +108,8 @@ def test_dialogue_supervises_every_answer_and_no_question() -> None:
         )
     )
     assert shown(got) == [
-        *("<s>", "<|system|>", "im", "<|user|>", "<image_start>"), *["V"] * P, *("<image_end>", "re", "<|assistant|>", "red*", "</s>*"),
+        *("<s>", "<|system|>", "im", "<|user|>", "<image_start>"), *["V"] * P,
+        *("<image_end>", "re", "<|assistant|>", "red*", "</s>*"),
         *("<|user|>", "re", "<|assistant|>", "im*", "</s>*"),
     ]  # fmt: skip
 
@@ -154,7 +157,8 @@ def test_prompt_is_a_prefix_of_the_training_sequence(form: str, mode: str, answe
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.one_of(st.text(max_size=12), st.sampled_from(SPECIAL)), max_size=8).map("".join))
 def test_user_text_never_becomes_a_special_token(words: str) -> None:
-    """Injected special tokens would let a user end the prompt or open a picture; they stay plain text and decode back."""
+    """Injected special tokens would let a user end the prompt or open a picture; they stay plain text and decode
+    back."""
     ids = encode_text(TOKENIZER, words)
     assert not SPECIAL_IDS & set(ids)
     assert TOKENIZER.decode(ids) == words.replace("▁", " ")

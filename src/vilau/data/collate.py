@@ -1,7 +1,8 @@
 """Encoded samples -> one batch of tensors: packed rows for training, padded rows for comparison and tests.
 
-Packed samples are kept apart by the model: it is called with these restarting ``position_ids`` and ``attention_mask=None``. What
-this file guarantees is that no target crosses a border: the first position of a sample is never a target.
+Packed samples are kept apart by the model: it is called with these restarting ``position_ids`` and
+``attention_mask=None``. What this file guarantees is that no target crosses a border: the first position of a sample is
+never a target.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Batch:
     kinds: ``(R, L)`` int64 of ``PositionKind``; PAD at padding
     position_ids: ``(R, L)`` int64, restarting at 0 with every sample and with the padding
     text_targets, visual_targets: ``(R, L)`` bool; this position is predicted from the position before it
-    frames: ``(F, S, S, 3)`` uint8 in row-major order of the visual positions, P positions each; ``(0, 0, 0, 3)`` without frames
+    frames: ``(F, S, S, 3)`` uint8 in row-major order of the visual positions, P positions each; ``(0, 0, 0, 3)``
+    without frames
     form_ids: ``(R, L)`` int64, index into ``data.sample.FORMS`` of the sample at each position; -1 at padding
     sample_ids, forms: of the samples, in the order in which they were given (not the order of the rows)
     """
@@ -66,8 +68,8 @@ class Batch:
 def collate(samples: Sequence[EncodedSample], row_length: int, pad_id: int) -> Batch:
     """Pack samples into rows of at most ``row_length`` positions (``pack``) and build a ``Batch``.
 
-    ``L`` is the length of the longest row that came about, rounded up to a multiple of 8. ``ValueError``: no samples, or a sample
-    longer than ``row_length`` (named by its id).
+    ``L`` is the length of the longest row that came about, rounded up to a multiple of 8. ``ValueError``: no samples,
+    or a sample longer than ``row_length`` (named by its id).
     """
     _check(samples)
     for sample in samples:

@@ -1,4 +1,4 @@
-"""Messages, pictures and films -> model inputs, and model outputs -> text, pictures and films. Names load at first use."""
+"""Messages, pictures and films -> model inputs, and model outputs -> text, pictures and films."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Samples and prompts -> token ids, kinds and supervision, one entry per position (paper section 3.2).
 
-Training (``encode_sample``) and inference (``encode_prompt``) share every line that decides about tokens, so a prompt is always
-a prefix of the training sequence that it stands for.
+Training (``encode_sample``) and inference (``encode_prompt``) share every line that decides about tokens, so a prompt
+is always a prefix of the training sequence that it stands for.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class EncodedSample:
     kinds: ``(L,)`` int8 of ``PositionKind`` (TEXT or VISUAL)
     text_targets: ``(L,)`` bool; this position's token is a supervised text target (predicted from the position before)
     visual_targets: ``(L,)`` bool; this position's codes are supervised visual targets
-    frames: ``(F, S, S, 3)`` uint8 RGB in order of appearance; frame f owns the f-th run of P visual positions; F may be 0
+    frames: ``(F, S, S, 3)`` uint8 RGB in order of appearance; frame f owns the f-th P visual positions; F may be 0
     """
 
     sample_id: str
@@ -72,10 +72,10 @@ def encode_sample(
 ) -> EncodedSample:
     """Encode a training sample.
 
-    Supervision (METHOD, section 2): text targets are all tokens of assistant turns after ``<|assistant|>``, start, end and
-    ``</s>`` tokens included, and every text token of a document but the first; visual targets are the assistant's visual
-    positions of the forms text_image and text_video. ``drop_text`` empties the user's text of these two forms, which gives the
-    unconditional sequences that classifier-free guidance learns from; it changes no other form.
+    Supervision (METHOD, section 2): text targets are all tokens of assistant turns after ``<|assistant|>``, start, end
+    and ``</s>`` tokens included, and every text token of a document but the first; visual targets are the assistant's
+    visual positions of the forms text_image and text_video. ``drop_text`` empties the user's text of these two forms,
+    which gives the unconditional sequences that classifier-free guidance learns from; it changes no other form.
     ``ValueError``: no turns, unknown roles, frames of different or wrong shapes.
     """
     draws = sample.form in VISUAL_TARGET_FORMS
@@ -95,7 +95,7 @@ def encode_prompt(
     generation_mode: GenerationMode | None,
     prompt_id: str = "prompt",
 ) -> EncodedSample:
-    """Encode a conversation for inference; with a ``generation_mode`` the answer is opened. Nothing in it is a target."""
+    """Encode a conversation for inference; with a ``generation_mode`` the answer is opened. Nothing is a target."""
     segments = [replace(segment, target=False) for segment in template.render(turns, generation_mode)]
     return _encode(prompt_id, generation_mode or "text", segments, tokenizer, positions_per_frame, draws=False)
 

@@ -1,7 +1,7 @@
 """Chat templates: which tokens stand around turns, pictures and films. This is the only file that knows them.
 
-A template turns a conversation (or a document) into a flat list of ``Segment``s; ``encode.py`` turns segments into token ids.
-The template belongs to a checkpoint: it is written to ``processor_config.json`` and read from there, never guessed.
+A template turns a conversation (or a document) into a flat list of ``Segment``s; ``encode.py`` turns segments into
+token ids. The template belongs to a checkpoint: it is written to ``processor_config.json`` and read from there.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Segment:
 class ChatTemplate:
     """The strings around turns and media of one family of checkpoints.
 
-    Strings in ``special_tokens`` that occur in the template's own strings become one token each; everything else in them is
-    ordinary text and is tokenised together with the text beside it. Text of users never yields a special token.
+    Strings in ``special_tokens`` that occur in the template's own strings become one token each; everything else in
+    them is ordinary text and is tokenised together with the text beside it. Text of users never yields a special token.
     """
 
     name: str = "vilau"
@@ -105,8 +105,8 @@ class ChatTemplate:
     def render(self, turns: Sequence[Turn], generation_mode: GenerationMode | None = None) -> list[Segment]:
         """Conversation -> segments, with adjacent text joined.
 
-        With a ``generation_mode`` the answer is opened at the end (``<|assistant|>``, ``<|assistant|><image_start>``, ...),
-        so that the segments of a prompt are the first segments of the same conversation with its answer.
+        With a ``generation_mode`` the answer is opened at the end (``<|assistant|>``, ``<|assistant|><image_start>``,
+        ...), so that the segments of a prompt are the first segments of the same conversation with its answer.
         ``ValueError`` for no turns, a system turn that is not the first, or a document beside other turns.
         """
         _check_turns(turns, generation_mode)
