@@ -40,7 +40,11 @@ class TrainingError(RuntimeError):
 
 
 class StopRequested(Exception):
-    """A signal asked for an end; a complete checkpoint was written first."""
+    """A signal asked for an end; a complete checkpoint was written first. `exit_code` is 128 + the signal."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 @dataclass
@@ -80,7 +84,7 @@ class Engine:
     options: EngineOptions
     optimizers: list[torch.optim.Optimizer] = field(init=False)
     step: int = field(init=False, default=0)
-    _stop: bool = field(init=False, default=False)
+    _stop: int = field(init=False, default=0)
 
     @property
     def result(self) -> Path:
@@ -108,7 +112,7 @@ class Engine:
         return self.result
 
     def _request_stop(self, number: int, frame: FrameType | None) -> None:
-        self._stop = True
+        self._stop = number
 
     def _resume(self) -> None:
         path = newest_intact(self.options.folder / "checkpoints")
@@ -142,14 +146,17 @@ class Engine:
                     options.on_step(self.step)
                 if self.step % options.log_every == 0 or self.step == total:
                     log.report(self.step, self.optimizers[0].param_groups[0]["lr"])
-                stop = parallel.any_rank(self._stop)
+                stop = parallel.any_rank(self._stop > 0)
                 if stop or self.step % options.save_every == 0 or self.step == total:
                     self._save()
                 if self.step % options.sample_every == 0 or self.step == total:
                     self._draw_samples()
                 if stop and self.step < total:
                     self._mark_stop()
-                    raise StopRequested(f"{self.stage.name} stopped on request after step {self.step}")
+                    number = self._stop or signal.SIGTERM  # the signal may have reached another process only
+                    raise StopRequested(
+                        f"{self.stage.name} stopped on request after step {self.step}", 128 + int(number)
+                    )
 
     def _train_step(self, batch: Any) -> dict[str, tuple[float, float]]:
         config = self.stage.config

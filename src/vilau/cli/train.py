@@ -1,0 +1,95 @@
+"""`vilau train`: wire data, model, engine and the pictures that show how a run is doing."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import typer
+from PIL import Image
+
+from vilau.cli.common import say
+from vilau.data.nano.scenes import contact_sheet
+from vilau.modeling.vila_u import VilaUModel
+from vilau.modeling.vision_tower import VisionTower
+from vilau.processing.images import to_pixels
+from vilau.training.config import load_config
+from vilau.training.engine import StopRequested, TrainingError
+from vilau.training.language import LanguageStage
+from vilau.training.run import Hooks, run
+from vilau.training.stage import Stage
+from vilau.training.vision_tower import TowerStage, to_pixel_values
+
+PICTURE_PROMPTS = (
+    "a red apple on a blue background",
+    "a dog on a green background",
+    "a panda on a purple background",
+    "a rocket on a yellow background",
+    "three bananas on a white background",
+    "a cat left of a car on an orange background",
+)
+FILM_PROMPTS = ("a car moving right on a white background", "a frog growing on a blue background")
+
+
+def train(config: Path, overrides: list[str]) -> None:
+    """Train every stage of a configuration; print the folder of the last result on stdout."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    settings = load_config(config, overrides)
+    try:
+        result = run(settings, Hooks(samples=draw_samples))
+    except StopRequested as stopped:
+        say(f"{stopped}; the same command goes on from there")
+        raise typer.Exit(stopped.exit_code) from None
+    except TrainingError as error:
+        say(f"vilau train: {error}")
+        raise typer.Exit(1) from None
+    typer.echo(str(result))
+
+
+def draw_samples(stage: Stage, step: int, folder: Path) -> None:
+    """Write a contact sheet of what the stage can do by now."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(stage, TowerStage):
+        if not stage.reconstruct:
+            return
+        pixels = torch.from_numpy(np.stack([stage.source[number][0] for number in range(8)]))
+        _sheet(*_reconstructions(stage.tower, pixels)).save(folder / f"step-{step:07d}.png")
+    elif isinstance(stage, LanguageStage):
+        _sheet(*_drawings(stage.model, stage)).save(folder / f"step-{step:07d}.png")
+
+
+def _reconstructions(tower: VisionTower, frames: torch.Tensor) -> tuple[torch.Tensor, list[str]]:
+    """Rows of originals, then decodings of the first 1, 2 ... D code vectors: ``(rows * N, 3, S, S)``."""
+    pixels = to_pixel_values(frames).to(tower.device)
+    partial = tower.quantizer.partial_z_q(tower.encode(pixels))  # (N, P, D, C)
+    depths = range(partial.shape[2])
+    rows = [pixels, *(tower.decode_features(partial[:, :, depth]) for depth in depths)]
+    names = ["original", *(f"depth {depth + 1}" for depth in depths)]
+    return torch.cat(rows), [name for name in names for _ in range(len(frames))]
+
+
+def _drawings(model: VilaUModel, stage: LanguageStage) -> tuple[torch.Tensor, list[str]]:
+    """Pictures and film frames for the set prompts, by the weights as they are."""
+    from vilau.model import VilaUForConditionalGeneration
+
+    with torch.device("meta"):
+        painter = VilaUForConditionalGeneration(model.config)
+    for name, part in model.named_children():
+        setattr(painter, name, part)
+    pictures, names = [], []
+    for mode, prompts in (("image", PICTURE_PROMPTS), ("video", FILM_PROMPTS)):
+        for prompt in prompts:
+            inputs = stage.processor.apply_chat_template([{"role": "user", "content": prompt}], mode)
+            drawn = painter.generate(**inputs.to(model.device), generation_mode=mode, seed=1).pixel_values
+            frames = drawn.reshape(-1, *drawn.shape[-3:])
+            pictures.append(frames)
+            names += [prompt] * len(frames)
+    return torch.cat(pictures), names
+
+
+def _sheet(pixel_values: torch.Tensor, names: list[str]) -> Image.Image:
+    return contact_sheet(list(to_pixels(pixel_values.float().cpu().numpy())), names, columns=8, scale=4)
