@@ -1,7 +1,8 @@
 """The one shape that every data source is turned into.
 
-A :class:`Sample` is a short conversation (or one document) whose turns are made of text, pictures and films. It knows nothing of
-tokens, models or files; ``processing`` turns it into model inputs, with the supervision that its ``form`` asks for (VILA-U, section 3.2).
+A :class:`Sample` is a short conversation (or one document) whose turns are made of text, pictures and films. It knows
+nothing of tokens, models or files; ``processing`` turns it into model inputs, with the supervision that its ``form`` asks
+for (VILA-U, section 3.2).
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Part:
     Args:
         kind: ``"text"``, ``"image"`` or ``"video"``.
         text: the words; only for ``"text"``.
-        frames: arrays ``(S, S, 3)`` uint8 RGB; exactly one for ``"image"``, one or more for ``"video"``, none for ``"text"``.
+        frames: arrays ``(S, S, 3)`` uint8 RGB; exactly one for ``"image"``, one or more for ``"video"``, none for
+            ``"text"``.
 
     Raises:
         ValueError: the kind is unknown, or text and frames do not fit it.
@@ -42,17 +44,24 @@ class Part:
         if self.kind not in PART_KINDS:
             raise ValueError(f"part kind {self.kind!r} is not one of {', '.join(PART_KINDS)}")
         if self.kind == "text" and self.frames:
-            raise ValueError(f"a text part holds {len(self.frames)} frames, but may hold none: put them in an image or video part")
+            raise ValueError(
+                f"a text part holds {len(self.frames)} frames, but may hold none: put them in an image or video part"
+            )
         if self.kind != "text" and self.text:
-            raise ValueError(f"a part of kind {self.kind!r} holds text {self.text[:40]!r}: put it in a text part of its own")
+            raise ValueError(
+                f"a part of kind {self.kind!r} holds text {self.text[:40]!r}: put it in a text part of its own"
+            )
         if self.kind == "image" and len(self.frames) != 1:
-            raise ValueError(f"an image part holds {len(self.frames)} frames, but needs exactly 1: use a video part for several")
+            raise ValueError(
+                f"an image part holds {len(self.frames)} frames, but needs exactly 1: use a video part for several"
+            )
         if self.kind == "video" and not self.frames:
             raise ValueError("a video part holds no frames, but needs at least 1")
         for frame in self.frames:
             if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8:
                 raise ValueError(
-                    f"a frame has shape {tuple(frame.shape)} and type {frame.dtype}, but needs (S, S, 3) and uint8: convert it to RGB bytes"
+                    f"a frame has shape {tuple(frame.shape)} and type {frame.dtype}, but needs (S, S, 3) and uint8: "
+                    "convert it to RGB bytes"
                 )
 
 

@@ -26,7 +26,14 @@ def test_any_text_survives(text: str) -> None:
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.lists(st.sampled_from([*FIRST_TOKENS, *LAST_TOKENS, "<0x41>", " ", "  ", "\n", "\r\n", "\t", "a", "▁", "dog", "é", "🐶"]), max_size=9))
+@given(
+    st.lists(
+        st.sampled_from(
+            [*FIRST_TOKENS, *LAST_TOKENS, "<0x41>", " ", "  ", "\n", "\r\n", "\t", "a", "▁", "dog", "é", "🐶"]
+        ),
+        max_size=9,
+    )
+)
 def test_special_tokens_in_user_text_stay_text(pieces: list[str]) -> None:
     """Protects the template: a user who types a special token can not forge one, and gets it back letter by letter."""
     text = "".join(pieces)
@@ -43,11 +50,13 @@ def test_words_of_the_world_are_one_token() -> None:
             assert len(ids(name)) == len(name.split()), name
     for colour in BACKGROUNDS:
         assert len(ids(colour)) == 1
-    dataset = NanoDataset(World.load(), {key: 1.0 for key in FORM_OF if key != "easy_vqa"}, "heldout", image_size=4, num_frames=1)
+    dataset = NanoDataset(
+        World.load(), {key: 1.0 for key in FORM_OF if key != "easy_vqa"}, "heldout", image_size=4, num_frames=1
+    )
     for index in range(400):
         for part in (part for turn in dataset[index].turns for part in turn.parts if part.kind == "text"):
             words = part.text
-            for mark in "?.!,:\"":
+            for mark in '?.!,:"':
                 words = words.replace(mark, f" {mark} ")
             assert len(ids(part.text)) <= len(words.split()) + 1, part.text
 

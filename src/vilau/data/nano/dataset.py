@@ -45,7 +45,9 @@ def pick_scene(
         pairs = world.pairs(split)
         if pairs:
             names = draw.some(draw.among(pairs), 2)
-            allowed = [c for c in world.colours if split == HELDOUT or all((name, c) in _train(world) for name in names)]
+            allowed = [
+                c for c in world.colours if split == HELDOUT or all((name, c) in _train(world) for name in names)
+            ]
             return drawn.relation(names[0], draw.among(RELATIONS), names[1], draw.among(allowed), style)
         kind = "single"
     name, background = draw.among(world.combinations(split))
@@ -103,7 +105,8 @@ class NanoDataset:
         num_frames: frames of a film.
         jitter: single and small objects and films are moved by up to so many thirty-seconds of the side.
         size: length of the dataset.
-        drawn_scenes, asked_scenes: shares of scene kinds (single, small, count, relation) in pictures with captions, and under questions.
+        drawn_scenes, asked_scenes: shares of scene kinds (single, small, count, relation) in pictures with captions, and
+            under questions.
 
     Raises:
         ValueError: a key, a share, a size or the split is none, or a package is missing.
@@ -208,7 +211,10 @@ class NanoDataset:
         name, background = draw.among(choices)
         second = drawn.single(name, background, first.items[0].style, shift=draw.shift(self.jitter))
         asked = ask_pair(first, second, self.world, draw)
-        turns = (_user(self._picture(first), self._picture(second), text(asked.question)), _assistant(text(asked.answer)))
+        turns = (
+            _user(self._picture(first), self._picture(second), text(asked.question)),
+            _assistant(text(asked.answer)),
+        )
         return turns, {"scenes": [[first.object, first.background], [name, background]], **_asked(asked)}
 
     def _video_text(self, draw: Draw) -> tuple[tuple[Turn, ...], dict[str, Any]]:
@@ -245,7 +251,7 @@ class ImageTextDataset:
 
     Args:
         world, split, seed, image_size, size: as for :class:`NanoDataset`.
-        easy_vqa: share of easy-VQA pictures (training pictures; in the held-out split its test pictures); above 0 needs that package.
+        easy_vqa: share of easy-VQA pictures (in the held-out split its test pictures); above 0 needs that package.
         films: share of single frames out of films.
 
     ``dataset[i]`` is ``(pixels (S, S, 3) uint8, caption)``.
@@ -265,7 +271,13 @@ class ImageTextDataset:
     ) -> None:
         if not 0 <= easy_vqa + films <= 1 or min(easy_vqa, films) < 0:
             raise ValueError(f"easy_vqa={easy_vqa} and films={films} are shares: each at least 0, together at most 1")
-        self.world, self.split, self.seed, self.image_size, self.size = world, check_split(split), seed, image_size, size
+        self.world, self.split, self.seed, self.image_size, self.size = (
+            world,
+            check_split(split),
+            seed,
+            image_size,
+            size,
+        )
         self.shares = {"easy": easy_vqa, "film": films, "scene": 1.0 - easy_vqa - films}
         self.jitter = jitter
         self.easy = EasyVqa("test" if split == HELDOUT else "train", image_size) if easy_vqa > 0 else None

@@ -21,12 +21,21 @@ _SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
         ("what can you do?", "how can you help me?", "help", "what do you know?"),
         "i can draw pictures and films, describe them, and answer questions about them.",
     ),
-    (("what can you draw?", "what can i ask for?"), 'try "a red apple on a blue background" or "a dog moving left on a green background".'),
+    (
+        ("what can you draw?", "what can i ask for?"),
+        'try "a red apple on a blue background" or "a dog moving left on a green background".',
+    ),
     (("can you draw?", "can you make pictures?"), "yes, i can draw pictures and short films."),
     (("can you see?", "can you look at pictures?"), "yes, show me a picture or a film."),
     (("can you make films?", "can you make videos?"), "yes, films of one object that moves, grows or shrinks."),
-    (("what colours do you know?", "which colors do you know?"), f"i know {', '.join(tuple(BACKGROUNDS)[:-1])} and {tuple(BACKGROUNDS)[-1]}."),
-    (("how can things move?", "which motions do you know?"), "left, right, up and down. things can also grow and shrink."),
+    (
+        ("what colours do you know?", "which colors do you know?"),
+        f"i know {', '.join(tuple(BACKGROUNDS)[:-1])} and {tuple(BACKGROUNDS)[-1]}.",
+    ),
+    (
+        ("how can things move?", "which motions do you know?"),
+        "left, right, up and down. things can also grow and shrink.",
+    ),
 )
 _COLOURED = {
     "banana": "yellow",

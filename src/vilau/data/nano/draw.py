@@ -46,7 +46,7 @@ class Draw:
         return next(key for key, weight in reversed(weights.items()) if weight > 0)
 
     def shift(self, jitter: float) -> tuple[float, float]:
-        """Two numbers within ``jitter`` of zero, in whole thirty-seconds of a picture's side; ``jitter`` counts such steps."""
+        """Two shares of a picture's side, in whole thirty-seconds, at most ``jitter`` thirty-seconds from zero."""
         steps = int(jitter)
         if steps <= 0:
             return (0.0, 0.0)

@@ -1,4 +1,4 @@
-"""easy-VQA: pictures of one shape with questions, by Victor Zhou (MIT), read from the installed package ``easy-vqa``."""
+"""easy-VQA: pictures of one shape with questions, by Victor Zhou (MIT), read from the package ``easy-vqa``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def _package() -> Any:
     try:
         import easy_vqa
     except ImportError:
-        raise ValueError("the easy-VQA questions need the package easy-vqa, which is not installed: `pip install easy-vqa`") from None
+        raise ValueError(
+            "the easy-VQA questions need the package easy-vqa, which is not installed: `pip install easy-vqa`"
+        ) from None
     return easy_vqa
 
 

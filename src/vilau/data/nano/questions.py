@@ -50,7 +50,9 @@ def _the(scene: Scene, world: World) -> str:
 
 
 def _describe(scene: Scene, world: World, draw: Draw) -> Question:
-    asked = draw.among(("describe the picture.", "describe the picture.", "describe this image.", "what does the picture show?"))
+    asked = draw.among(
+        ("describe the picture.", "describe the picture.", "describe this image.", "what does the picture show?")
+    )
     return Question("describe", asked, caption(scene, world))
 
 
@@ -59,7 +61,9 @@ def _object(scene: Scene, world: World, draw: Draw) -> Question:
         asked = draw.among(("what are the objects?", "what is in the picture?"))
         return Question("object", asked, listed([item.object for item in scene.items]))
     if scene.kind == "count":
-        return Question("object", draw.among(("what are the objects?", "what are these?")), world.spec(scene.object).plural)
+        return Question(
+            "object", draw.among(("what are the objects?", "what are these?")), world.spec(scene.object).plural
+        )
     asked = draw.among(("what is the object?", "what is this?", "what is in the picture?", "what do you see?"))
     return Question("object", asked, article(scene.object))
 
@@ -129,7 +133,11 @@ def _where(scene: Scene, world: World, draw: Draw) -> Question:
     if choice == 1:
         return Question("neighbour", f"what is {how} the {second}?", article(first))
     truth = draw.chance(0.5)
-    asked = how if truth else (OPPOSITE[how] if draw.chance(0.7) else draw.among([word for word in RELATIONS if word != how]))
+    asked = (
+        how
+        if truth
+        else (OPPOSITE[how] if draw.chance(0.7) else draw.among([word for word in RELATIONS if word != how]))
+    )
     return Question("where_check", f"is the {first} {asked} the {second}?", yes_no(truth))
 
 
@@ -160,10 +168,45 @@ _ASKERS: dict[str, Asker] = {
     "every": _every,
 }
 _WEIGHTS: dict[str, dict[str, float]] = {
-    "single": {"describe": 14, "object": 22, "background": 14, "background_check": 9, "exists": 26, "count": 6, "size": 4, "group": 5},
-    "small": {"describe": 12, "object": 18, "background": 10, "background_check": 6, "exists": 22, "count": 7, "size": 18, "group": 7},
-    "count": {"describe": 14, "object": 12, "background": 9, "background_check": 5, "exists": 14, "count": 38, "every": 8},
-    "relation": {"describe": 14, "object": 12, "background": 7, "background_check": 4, "exists": 14, "count": 8, "where": 34, "every": 7},
+    "single": {
+        "describe": 14,
+        "object": 22,
+        "background": 14,
+        "background_check": 9,
+        "exists": 26,
+        "count": 6,
+        "size": 4,
+        "group": 5,
+    },
+    "small": {
+        "describe": 12,
+        "object": 18,
+        "background": 10,
+        "background_check": 6,
+        "exists": 22,
+        "count": 7,
+        "size": 18,
+        "group": 7,
+    },
+    "count": {
+        "describe": 14,
+        "object": 12,
+        "background": 9,
+        "background_check": 5,
+        "exists": 14,
+        "count": 38,
+        "every": 8,
+    },
+    "relation": {
+        "describe": 14,
+        "object": 12,
+        "background": 7,
+        "background_check": 4,
+        "exists": 14,
+        "count": 8,
+        "where": 34,
+        "every": 7,
+    },
 }
 
 
@@ -199,7 +242,9 @@ def ask_pair(first: Scene, second: Scene, world: World, draw: Draw) -> Question:
     if choice == "same_object":
         return Question("same_object", "do both pictures show the same object?", yes_no(names[0] == names[1]))
     if choice == "same_background":
-        return Question("same_background", "do both pictures have the same background?", yes_no(colours[0] == colours[1]))
+        return Question(
+            "same_background", "do both pictures have the same background?", yes_no(colours[0] == colours[1])
+        )
     if choice == "describe":
         return Question("describe_one", f"describe {order[picked]} picture.", caption((first, second)[picked], world))
     truth = draw.chance(0.5)
@@ -209,19 +254,25 @@ def ask_pair(first: Scene, second: Scene, world: World, draw: Draw) -> Question:
 
 def ask_film(film: Film, world: World, draw: Draw) -> Question:
     """One question on a film."""
-    kind = draw.weighted({"describe": 24, "motion": 28, "direction": 8, "object": 12, "background": 10, "motion_check": 12, "exists": 6})
+    kind = draw.weighted(
+        {"describe": 24, "motion": 28, "direction": 8, "object": 12, "background": 10, "motion_check": 12, "exists": 6}
+    )
     if kind == "describe":
         asked = draw.among(("describe the film.", "describe the film.", "describe the video.", "describe this video."))
         return Question("describe", asked, film_caption(film))
     if kind == "motion":
-        asked = draw.among((f"what does the {film.object} do?", "what does it do?", "what does the object do?", "what happens?"))
+        asked = draw.among(
+            (f"what does the {film.object} do?", "what does it do?", "what does the object do?", "what happens?")
+        )
         return Question("motion", asked, film_answer(film))
     if kind == "direction":
         if film.motion in ("growing", "shrinking"):
             return Question("direction", "does it grow or shrink?", film_answer(film))
         return Question("direction", "which way does it move?", film.motion)
     if kind == "object":
-        return Question("object", draw.among(("what is in the film?", "what is the object?", "what is this?")), article(film.object))
+        return Question(
+            "object", draw.among(("what is in the film?", "what is the object?", "what is this?")), article(film.object)
+        )
     if kind == "background":
         return Question("background", "what colour is the background?", film.background)
     truth = draw.chance(0.5)

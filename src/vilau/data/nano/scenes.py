@@ -40,7 +40,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """A still: ``kind`` is ``single``, ``small``, ``count`` or ``relation``; in a relation the first item stands ``relation`` the second."""
+    """A still: ``kind`` is ``single``, ``small``, ``count``, ``relation`` or ``film`` (a frame of one).
+
+    In a relation the first item stands ``relation`` the second.
+    """
 
     kind: str
     background: str
@@ -64,7 +67,9 @@ class Film:
     shift: tuple[float, float] = (0.0, 0.0)
 
 
-def single(name: str, background: str, style: str = "noto", *, shift: tuple[float, float] = (0.0, 0.0), size: float = BIG) -> Scene:
+def single(
+    name: str, background: str, style: str = "noto", *, shift: tuple[float, float] = (0.0, 0.0), size: float = BIG
+) -> Scene:
     """One big object in the middle, moved by ``shift`` (shares of the side)."""
     return Scene("single", background, (Item(name, style, size, 0.5 + shift[0], 0.5 + shift[1]),))
 

@@ -1,4 +1,4 @@
-"""Stories of words and pictures in turn, whose words refer to pictures seen before, and rows of examples to go on with."""
+"""Stories of words and pictures in turn, whose words refer to pictures seen before, and rows of examples."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _refer(scene: Scene, before: Sequence[Scene]) -> str:
 
 
 def story(world: World, draw: Draw, split: str, style: str = "noto") -> list[Piece]:
-    """Two to four scenes of one object each, words before or after each picture; later words refer to earlier pictures."""
+    """Two to four scenes of one object each with words before or after each; later words refer to earlier pictures."""
     combinations = world.combinations(split)
     scenes: list[Scene] = []
     for _ in range(2 + draw.below(3)):
@@ -35,7 +35,9 @@ def story(world: World, draw: Draw, split: str, style: str = "noto") -> list[Pie
             last = draw.among(scenes) if draw.chance(0.3) else scenes[-1]
             same = draw.below(2)
             wanted = (last.object, last.background)[same]
-            choices = [pair for pair in combinations if pair[same] == wanted and pair != (last.object, last.background)] or combinations
+            choices = [
+                pair for pair in combinations if pair[same] == wanted and pair != (last.object, last.background)
+            ] or combinations
         name, background = draw.among(choices)
         scenes.append(single(name, background, style))
     words_first = draw.chance(0.5)
@@ -47,7 +49,7 @@ def story(world: World, draw: Draw, split: str, style: str = "noto") -> list[Pie
 
 
 def examples(world: World, draw: Draw, split: str, style: str = "noto") -> list[Piece]:
-    """Pictures each followed by one word for it, by a rule that the first ones show: the object, the background, or its group."""
+    """Pictures each followed by a word, by a rule that the first ones show: the object, the background, or its group."""
     rule = draw.among(("object", "background", "group"))
     pieces: list[Piece] = []
     for name, background in draw.some(world.combinations(split), 3):

@@ -1,4 +1,4 @@
-"""What people say to have a scene or film drawn, and what is said of one: captions in one standard wording and a few others."""
+"""What people say to have a scene or film drawn, and what is said of one: one standard wording and a few others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def caption(scene: Scene, world: World) -> str:
 
 
 def film_caption(film: Film) -> str:
-    """The standard caption of a film: ``"a dog moving left on a blue background"``, ``"a dog growing on a blue background"``."""
+    """The standard caption of a film: ``"a dog moving left on a blue background"``, ``"a dog growing on ..."``."""
     return f"{article(film.object)} {_MOVES.get(film.motion, film.motion)} on {article(film.background)} background"
 
 

@@ -1,4 +1,4 @@
-"""The tokenizer of the nano world: byte-fallback BPE in which every word of that world is one token and any other text is exact."""
+"""The tokenizer of the nano world: byte-fallback BPE; every word of that world is one token, any other text is exact."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vilau.data.nano.dataset import FORM_OF, ImageTextDataset, NanoDataset
-from vilau.data.nano.texts import caption, film_caption, other_film_wordings, other_wordings
 from vilau.data.nano.scenes import MOTIONS, Film, single
+from vilau.data.nano.texts import caption, film_caption, other_film_wordings, other_wordings
 from vilau.data.nano.world import ASSETS, TRAIN, World
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _BLANK = " "
 
 
 def nano_texts(world: World, samples: int = 40_000, *, easy_vqa: bool = True) -> Iterator[str]:
-    """All that is said in training: the texts of the first ``samples`` samples of seed 0, and each standard caption once."""
+    """All that is said in training: the texts of the first ``samples`` samples of seed 0, and each caption once."""
     for name, background in [(name, colour) for name in world.names for colour in world.colours]:
         scene = single(name, background)
         yield caption(scene, world)
@@ -65,9 +65,10 @@ def _learn(words: list[str], room: int) -> tuple[list[str], list[tuple[str, str]
 def train_tokenizer(texts: Iterable[str], vocab_size: int = MAX_VOCABULARY) -> PreTrainedTokenizerFast:
     """A tokenizer whose vocabulary covers ``texts``; the same texts give the same tokenizer, whatever their order.
 
-    The ids are: ``<pad>``, ``<s>``, ``</s>``, ``<unk>``, ``<|user|>``, ``<|assistant|>``, ``<|system|>``, 256 bytes, letters and
-    words, and last ``<image_start>``, ``<image_end>``, ``<video_start>``, ``<video_end>``. Decoding what was encoded gives the
-    text back, whatever the text: letters outside the vocabulary become their bytes.
+    The ids are: ``<pad>``, ``<s>``, ``</s>``, ``<unk>``, ``<|user|>``, ``<|assistant|>``, ``<|system|>``, 256 bytes,
+    letters and words, and last ``<image_start>``, ``<image_end>``, ``<video_start>``, ``<video_end>``. A blank is put
+    before each text and taken off again when decoding, so that a word has one token wherever it stands. Decoding what
+    was encoded gives the text back, whatever the text: letters outside the vocabulary become their bytes.
 
     Args:
         texts: what is to be covered; each word, with the blank before it, becomes one token as long as there is room.
@@ -80,7 +81,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = MAX_VOCABULARY) -> P
     from transformers import PreTrainedTokenizerFast
 
     if not 512 <= vocab_size <= MAX_VOCABULARY:
-        raise ValueError(f"vocab_size={vocab_size} is out of range: the nano vocabulary has 512 to {MAX_VOCABULARY} entries")
+        raise ValueError(
+            f"vocab_size={vocab_size} is out of range: the nano vocabulary has 512 to {MAX_VOCABULARY} entries"
+        )
     words = sorted({word for text in texts for word in re.findall(_PIECES, _BLANK + text) if word.strip()} | {_BLANK})
     if len(words) < 2:
         raise ValueError("the texts hold no word: give at least one")
@@ -93,7 +96,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = MAX_VOCABULARY) -> P
     tokenizer.normalizer = normalizers.Prepend(_BLANK)
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECES), behavior="isolated")
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(_BLANK, 1, 0)])
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (*FIRST_TOKENS, *LAST_TOKENS)])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in (*FIRST_TOKENS, *LAST_TOKENS)]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",

@@ -112,7 +112,7 @@ def article(words: str) -> str:
     return ("an " if words[:1].lower() in _VOWELS else "a ") + words
 
 
-# Groups that an object of a group clearly does not belong to (a fruit is food, a carrot may pass for a plant, and all are things).
+# Groups that an object of a group clearly does not belong to: a fruit is food, a carrot may pass for a plant, all are things.
 OTHER_GROUPS: dict[str, tuple[str, ...]] = {
     "animal": ("fruit", "plant", "vehicle"),
     "fruit": ("animal", "vehicle"),
@@ -155,7 +155,10 @@ def check_split(split: str) -> str:
 def _archive(path: Path) -> dict[str, bytes]:
     """All members of a sprite archive, by name."""
     if not path.is_file():
-        raise ValueError(f"no sprite archive at {path}: install the package with its assets, or run `vilau data nano --out DIR` and name DIR")
+        raise ValueError(
+            f"no sprite archive at {path}: install the package with its assets, or run `vilau data nano --out DIR` "
+            "and name DIR"
+        )
     with zipfile.ZipFile(path) as archive:
         return {name: archive.read(name) for name in archive.namelist()}
 
@@ -177,10 +180,14 @@ class World:
     backgrounds: dict[str, tuple[int, int, int]]
     archive: Path
     _sprites: dict[tuple[str, str], np.ndarray] = field(default_factory=dict, repr=False, compare=False)
-    _scaled: dict[tuple[str, str, int], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
+    _scaled: dict[tuple[str, str, int], tuple[np.ndarray, np.ndarray]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @classmethod
-    def load(cls, path: Path | str | None = None, *, objects: int = len(OBJECTS), styles: Sequence[str] = ("noto",)) -> World:
+    def load(
+        cls, path: Path | str | None = None, *, objects: int = len(OBJECTS), styles: Sequence[str] = ("noto",)
+    ) -> World:
         """The world with its first ``objects`` objects.
 
         Args:
@@ -202,7 +209,10 @@ class World:
         for style in styles:
             for spec in chosen:
                 if sprite_name(style, spec.name) not in members:
-                    raise ValueError(f"{archive} holds no {style} sprite of {spec.name!r}: build it again with --styles {','.join(styles)}")
+                    raise ValueError(
+                        f"{archive} holds no {style} sprite of {spec.name!r}: "
+                        f"build it again with --styles {','.join(styles)}"
+                    )
         return cls(chosen, tuple(styles), dict(BACKGROUNDS), archive)
 
     @cached_property
@@ -280,8 +290,12 @@ class World:
         return found
 
     def scaled(self, name: str, style: str, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """An object at ``size`` pixels, ready to lay over a picture: premultiplied RGB ``(size, size, 3)`` float32 in [0, 255]
-        and what it lets through ``(size, size, 1)`` float32 in [0, 1]."""
+        """An object at ``size`` pixels, ready to lay over a picture.
+
+        Returns:
+            premultiplied RGB ``(size, size, 3)`` float32 in [0, 255], and what shines through ``(size, size, 1)``
+            float32 in [0, 1].
+        """
         key = (style, name, size)
         found = self._scaled.get(key)
         if found is None:
