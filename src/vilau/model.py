@@ -33,8 +33,9 @@ class VisualOutput:
 class VilaUForConditionalGeneration(VilaUModel, GenerationMixin):
     """The unified model with generation of text, pictures and videos.
 
-    The default sampling of visual codes stands in `generation_config` (`guidance_scale`, `visual_temperature`,
-    `visual_top_k`, `visual_top_p`) and is saved with the model.
+    The default sampling of visual codes stands in `generation_config` and is saved with the model:
+    `visual_guidance_scale`, `visual_temperature`, `visual_top_k`, `visual_top_p`. The names are their own because the
+    library takes a plain `guidance_scale` for guidance of text.
     """
 
     def forward(  # type: ignore[override]
@@ -112,7 +113,7 @@ class VilaUForConditionalGeneration(VilaUModel, GenerationMixin):
         stored = self.generation_config
         base = SamplingOptions()
         names = {
-            "guidance_scale": "guidance_scale",
+            "guidance_scale": "visual_guidance_scale",
             "temperature": "visual_temperature",
             "top_k": "visual_top_k",
             "top_p": "visual_top_p",
@@ -214,4 +215,4 @@ def register() -> None:
     AutoProcessor.register(VilaUConfig, VilaUProcessor, exist_ok=True)
 
 
-__all__ = ["VilaULosses", "VilaUForConditionalGeneration", "VisualOutput", "register"]
+__all__ = ["VilaUForConditionalGeneration", "VilaULosses", "VisualOutput", "register"]

@@ -13,7 +13,7 @@ from pathlib import Path
 import typer
 
 from vilau import __version__
-from vilau.cli import ask, data, demo, evaluate, generate, info
+from vilau.cli import ask, convert, data, demo, evaluate, generate, info
 from vilau.cli.common import one_line
 
 _UsageError = typer.BadParameter.__mro__[1]  # typer carries click inside and shows only this much of its errors
@@ -60,6 +60,7 @@ def train(
 
 
 app.add_typer(data.app, name="data")
+app.command("convert")(convert.convert)
 app.command("info")(info.info)
 app.command("eval")(evaluate.evaluate)
 app.command("demo")(demo.demo)
