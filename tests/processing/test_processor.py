@@ -179,6 +179,7 @@ def test_no_text_of_a_user_changes_the_structure(pieces: list[str]) -> None:
         ([{"role": "system", "content": [shown(PICTURE)]}, *user("x")], "text", "text only"),
         (user("x"), "sound", "unknown generation_mode 'sound'"),
         (user("a" * 600), "text", "has 603 tokens and its answer needs at least 1, more than the context of 512"),
+        (user("a" * 10**7), "text", "10000000 characters, which are more tokens than the context of 512"),
         (user("a" * 507), "image", "its answer needs at least 4"),
         (user(*[shown("does not exist")] * 200, words("x")), "text", "200 pictures and films take 800 positions"),
     ],

@@ -76,6 +76,12 @@ def count_frames(messages: Sequence[Message], num_frames: int) -> tuple[int, int
     return images + videos, images + videos * num_frames
 
 
+def count_characters(messages: Sequence[Message]) -> int:
+    """Characters of all text in checked messages."""
+    parts = (part for number, message in enumerate(messages) for part in _parts(message["content"], number))
+    return sum(len(value) for kind, value in parts if kind == "text")
+
+
 def to_turns(messages: Sequence[Message], image_size: int, num_frames: int) -> tuple[Turn, ...]:
     """Checked messages -> turns. Pictures are squashed to the square; films become ``num_frames`` frames."""
     turns = []

@@ -32,7 +32,7 @@ from .encode import (
     special_id,
     unconditional_turns,
 )
-from .messages import Message, check_messages, count_frames, is_batch, to_turns, user_message
+from .messages import Message, check_messages, count_characters, count_frames, is_batch, to_turns, user_message
 from .templates import GENERATION_MODES, OURS, ChatTemplate, GenerationMode
 
 SETTINGS = ("image_size", "positions_per_frame", "num_frames", "max_length", "template")
@@ -88,6 +88,7 @@ class VilaUProcessor(ProcessorMixin):
         self.max_length = max_length
         self.template = template if isinstance(template, ChatTemplate) else ChatTemplate.from_dict(template)
         placeholder_id(tokenizer)
+        self._longest_token = max(map(len, tokenizer.get_vocab()))
         for token in self.template.special_tokens:
             if special_id(tokenizer, token) in encode_text(tokenizer, token):
                 raise ValueError(
@@ -230,6 +231,12 @@ class VilaUProcessor(ProcessorMixin):
             raise ValueError(
                 f"{media} pictures and films take {frames * self.positions_per_frame} positions, "
                 f"more than the context of {limit}: show fewer"
+            )
+        characters = count_characters(messages)
+        if limit is not None and characters > limit * self._longest_token:
+            raise ValueError(
+                f"the prompt has {characters} characters, which are more tokens than the context of {limit}: "
+                "shorten the text"
             )
         turns = to_turns(messages, self.image_size, num_frames)
         encoded = encode_prompt(turns, self.tokenizer, self.template, self.positions_per_frame, mode)

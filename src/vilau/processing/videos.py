@@ -7,7 +7,8 @@ and lengths are checked before frames are decoded, and only the frames that are 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -234,54 +235,53 @@ def _load_container(
                 f"{name} is {seconds:.0f} seconds long, more than the limit of {limits.max_seconds:g}: cut it shorter"
             )
         _check_count(stream.frames, limits, name)
-        times = _packet_times(container, stream, limits, name)
+        times, keys = _packet_times(container, stream, limits, name)
         if len(times) < stream.frames:
             raise ValueError(f"cannot read {name} as a film: it is truncated ({len(times)} of {stream.frames} frames)")
         indices = frame_indices(len(times), num_frames)
-        kept = _decode_at(container, stream, times, sorted(set(indices)), size, mode, limits.max_pixels, name)
+        decoded = _decode_at(container, stream, times, keys, sorted(set(indices)), limits.max_pixels, name)
+        kept = {index: _squared(picture, size, mode) for index, picture in decoded}
     return [kept[index] for index in indices]
 
 
-def _packet_times(container: Any, stream: Any, limits: VideoLimits, name: str) -> list[int]:
-    """Presentation times of all shown frames, in order, without decoding any."""
+def _packet_times(container: Any, stream: Any, limits: VideoLimits, name: str) -> tuple[list[int], list[int]]:
+    """Presentation times of all shown frames and of the key frames among them, in order, without decoding any."""
     times: list[int] = []
+    keys: list[int] = []
     for packet in container.demux(stream):
         if packet.size and not packet.is_discard:
             stamp = packet.pts if packet.pts is not None else packet.dts
             times.append(len(times) if stamp is None else stamp)
+            if packet.is_keyframe:
+                keys.append(times[-1])
             _check_count(len(times), limits, name)
     if not times:
         raise ValueError(f"cannot read {name} as a film: its video stream has no frames")
-    return sorted(times)
+    return sorted(times), sorted(keys)
 
 
 def _decode_at(
-    container: Any,
-    stream: Any,
-    times: list[int],
-    indices: list[int],
-    size: int | None,
-    mode: SquareMode,
-    max_pixels: int,
-    name: str,
-) -> dict[int, Image.Image]:
-    """Decode the frames of ``indices``; jumps to the key frame before each, so that long films cost little."""
-    kept: dict[int, Image.Image] = {}
+    container: Any, stream: Any, times: list[int], keys: list[int], indices: list[int], max_pixels: int, name: str
+) -> Iterator[tuple[int, Image.Image]]:
+    """``(index, frame)`` for rising ``indices``: one pass that jumps ahead wherever a key frame allows it."""
+    frames: Iterator[Any] = iter(())
+    last, reached = None, None
     for index in indices:
-        container.seek(times[index], stream=stream, backward=True, any_frame=False)
-        last = None
-        for frame in container.decode(stream):
-            last = frame
-            if frame.pts is None or frame.pts >= times[index]:
+        key = bisect_right(keys, times[index])
+        if reached is None or (key and keys[key - 1] > reached):
+            container.seek(times[index], stream=stream, backward=True, any_frame=False)
+            frames, last = container.decode(stream), None
+        while last is None or (last.pts is not None and last.pts < times[index]):
+            following = next(frames, None)
+            if following is None:
                 break
+            last = following
         if last is None:
             raise ValueError(f"cannot read {name} as a film: frame {index} of {len(times)} cannot be decoded")
+        reached = times[index]
         check_pixels((last.width, last.height), max_pixels, name)
         picture = last.to_image()
-        if last.rotation:
-            picture = picture.rotate(last.rotation, expand=True)
-        kept[index] = _squared(picture, size, mode)
-    return kept
+        yield index, picture.rotate(last.rotation, expand=True) if last.rotation else picture
 
 
 def save_video(frames: Sequence[Image.Image | np.ndarray], path: str | os.PathLike[str], fps: float = 8.0) -> Path:
