@@ -21,6 +21,10 @@ from vilau.processing.processor import VilaUProcessor
 from vilau.processing.videos import media_kind
 from vilau.shipped import find_model
 
+DESCRIBE_FILM = (
+    "describe the film."  # a picture alone is asked to be described; in training a film always has a question
+)
+
 Progress = Callable[[int, int], None]
 Medium = str | os.PathLike[str] | Image.Image | Sequence[Image.Image]
 
@@ -63,6 +67,8 @@ class Pipeline:
         """
         items = [media] if isinstance(media, str | os.PathLike | Image.Image) else list(media)
         parts = [_medium(item) for item in items]
+        if question is None and any(part["type"] == "video" for part in parts):
+            question = DESCRIBE_FILM
         if question is not None:
             parts.append({"type": "text", "text": question})
         return self.chat(_user(*parts), num_frames, **generation)

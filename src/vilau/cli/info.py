@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,16 @@ STORED = {
     "I8": "int8",
     "I32": "int32",
 }
-PARTS = ("vision_tower", "projector", "language_model", "depth_transformer")
+PARTS = {  # where a tensor's name belongs, tried in this order
+    "quantizer": ("vision_tower.quantizer", "vision_tower.to_code", "vision_tower.from_code"),
+    "image_encoder": ("vision_tower.image_encoder",),
+    "text_encoder": ("vision_tower.text_encoder",),
+    "pixel_decoder": ("vision_tower.pixel_decoder",),
+    "projector": ("projector",),
+    "language_model": ("language_model",),
+    "depth_transformer": ("depth_transformer",),
+}
+STATISTICS = ("ema_count", "ema_sum", "initialised")  # of the quantizer's learning; no parameters
 
 
 def info(
@@ -115,14 +125,13 @@ def table(facts: dict[str, Any]) -> list[str]:
 
 
 def _parameters(tensors: dict[str, tuple[str, list[int]]]) -> dict[str, int]:
-    counts = dict.fromkeys(PARTS, 0)
+    counts: dict[str, int] = {}
     for name, (_, shape) in tensors.items():
-        part = next((part for part in name.split(".") if part in PARTS), "other")
-        size = 1
-        for length in shape:
-            size *= length
-        counts[part] = counts.get(part, 0) + size
-    return counts
+        if name.rsplit(".", 1)[-1] in STATISTICS:
+            continue
+        part = next((part for part, prefixes in PARTS.items() if name.startswith(prefixes)), "other")
+        counts[part] = counts.get(part, 0) + math.prod(shape)
+    return {part: counts[part] for part in (*PARTS, "other") if part in counts}
 
 
 def _tensors(folder: Path) -> dict[str, tuple[str, list[int]]]:
