@@ -1,7 +1,7 @@
 """The nano world: a few dozen emoji on coloured backgrounds, small enough for a laptop, real enough to learn from.
 
-``world`` names the objects, ``scenes`` draws them, ``texts``, ``questions``, ``dialogues`` and ``stories`` speak of them,
-``dataset`` makes samples of a seed, ``tokenizer`` and ``build`` write what ships and what is trained on.
+``world`` names the objects, ``scenes`` draws them, ``texts``, ``questions``, ``dialogues`` and ``stories`` say what is
+seen, ``dataset`` makes samples of a seed, ``tokenizer`` and ``build`` write what ships and what is trained on.
 """
 
 from vilau.data.nano.dataset import ImageTextDataset, NanoDataset

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -263,20 +264,15 @@ def _publish(partial: Path, out: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-class _progress_bar:
+@contextmanager
+def _progress_bar() -> Iterator[Progress]:
     """A bar on stderr; what it gives is called with (done, total)."""
+    from rich.console import Console
+    from rich.progress import Progress as Bar
 
-    def __enter__(self) -> Progress:
-        from rich.console import Console
-        from rich.progress import Progress as Bar
-
-        self.bar = Bar(console=Console(stderr=True), transient=True)
-        self.bar.__enter__()
-        task = self.bar.add_task("rendering nano samples", total=None)
-        return lambda done, total: self.bar.update(task, completed=done, total=total)
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.__exit__(None, None, None)
+    with Bar(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("rendering nano samples", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def write_assets(cache: Path | None = None) -> None:

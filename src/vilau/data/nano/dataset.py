@@ -15,7 +15,7 @@ from vilau.data.nano.questions import Question, ask, ask_film, ask_pair, ask_sev
 from vilau.data.nano.scenes import MOTIONS, RELATIONS, Film, Scene, render, render_film
 from vilau.data.nano.stories import examples, story
 from vilau.data.nano.texts import as_typed, caption, description, film_caption, film_prompt, prompt
-from vilau.data.nano.world import HELDOUT, SPLITS, World, check_split
+from vilau.data.nano.world import HELDOUT, SPLITS, World, check_split, is_heldout
 from vilau.data.sample import Form, Part, Sample, Turn, image, text, video
 
 FORM_OF: dict[str, Form] = {
@@ -45,9 +45,7 @@ def pick_scene(
         pairs = world.pairs(split)
         if pairs:
             names = draw.some(draw.among(pairs), 2)
-            allowed = [
-                c for c in world.colours if split == HELDOUT or all((name, c) in _train(world) for name in names)
-            ]
+            allowed = [c for c in world.colours if split == HELDOUT or not any(is_heldout(name, c) for name in names)]
             return drawn.relation(names[0], draw.among(RELATIONS), names[1], draw.among(allowed), style)
         kind = "single"
     name, background = draw.among(world.combinations(split))
@@ -56,16 +54,6 @@ def pick_scene(
     if kind == "small":
         return drawn.small(name, background, style, shift=draw.shift(jitter))
     return drawn.single(name, background, style, shift=draw.shift(jitter))
-
-
-def _train(world: World) -> frozenset[tuple[str, str]]:
-    found = _TRAIN.get(world.names)
-    if found is None:
-        found = _TRAIN[world.names] = frozenset(world.combinations("train"))
-    return found
-
-
-_TRAIN: dict[tuple[str, ...], frozenset[tuple[str, str]]] = {}
 
 
 def pick_film(world: World, draw: Draw, split: str, *, jitter: float = 0.0) -> Film:
@@ -105,8 +93,8 @@ class NanoDataset:
         num_frames: frames of a film.
         jitter: single and small objects and films are moved by up to so many thirty-seconds of the side.
         size: length of the dataset.
-        drawn_scenes, asked_scenes: shares of scene kinds (single, small, count, relation) in pictures with captions, and
-            under questions.
+        drawn_scenes, asked_scenes: shares of scene kinds (single, small, count, relation) in pictures with captions,
+            and under questions.
 
     Raises:
         ValueError: a key, a share, a size or the split is none, or a package is missing.

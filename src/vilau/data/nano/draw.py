@@ -43,7 +43,7 @@ class Draw:
             point -= weight
             if point < 0:
                 return key
-        return next(key for key, weight in reversed(weights.items()) if weight > 0)
+        return next(key for key, weight in reversed(tuple(weights.items())) if weight > 0)
 
     def shift(self, jitter: float) -> tuple[float, float]:
         """Two shares of a picture's side, in whole thirty-seconds, at most ``jitter`` thirty-seconds from zero."""

@@ -1,4 +1,4 @@
-"""The registry packages that the nano world is made from: fetched with the ordinary client, checked against known digests."""
+"""The registry packages the nano world is made from: fetched with the ordinary client, checked against digests."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def story(world: World, draw: Draw, split: str, style: str = "noto") -> list[Pie
 
 
 def examples(world: World, draw: Draw, split: str, style: str = "noto") -> list[Piece]:
-    """Pictures each followed by a word, by a rule that the first ones show: the object, the background, or its group."""
+    """Pictures each followed by a word, by a rule that the first ones show: object, background, or group."""
     rule = draw.among(("object", "background", "group"))
     pieces: list[Piece] = []
     for name, background in draw.some(world.combinations(split), 3):

@@ -40,7 +40,7 @@ def other_wordings(scene: Scene, world: World) -> tuple[str, ...]:
     """Other ways to say the same: the first four may describe, all may ask for a picture."""
     what, colour = subject(scene, world), scene.background
     standard = caption(scene, world)
-    wordings = (
+    wordings: tuple[str, ...] = (
         f"a picture of {standard}",
         f"{article(colour)} background with {what}",
         f"{colour} background with {what}",

@@ -1,4 +1,4 @@
-"""The tokenizer of the nano world: byte-fallback BPE; every word of that world is one token, any other text is exact."""
+"""The tokenizer of the nano world: byte-fallback BPE; each word of that world is one token, any other text exact."""
 
 from __future__ import annotations
 

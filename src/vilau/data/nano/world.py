@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-SPRITE_SIZE = 64
+MIN_OBJECTS = 4  # two pictures can show two objects, and questions ask for one that is not there
 ASSETS = Path(__file__).resolve().parents[2] / "assets" / "nano"
 STYLES = ("noto", "twemoji")
 TRAIN, HELDOUT = "train", "heldout"
@@ -112,7 +112,7 @@ def article(words: str) -> str:
     return ("an " if words[:1].lower() in _VOWELS else "a ") + words
 
 
-# Groups that an object of a group clearly does not belong to: a fruit is food, a carrot may pass for a plant, all are things.
+# Groups that an object clearly does not belong to: a fruit is food, a carrot may pass for a plant, all are things.
 OTHER_GROUPS: dict[str, tuple[str, ...]] = {
     "animal": ("fruit", "plant", "vehicle"),
     "fruit": ("animal", "vehicle"),
@@ -133,6 +133,7 @@ def stable_hash(*words: str) -> int:
     return int.from_bytes(hashlib.sha256("|".join(words).encode()).digest()[:8], "big")
 
 
+@lru_cache(maxsize=4096)
 def is_heldout(name: str, background: str) -> bool:
     """Whether an object never stands on this background in training (one of eight colours for each object)."""
     colours = tuple(BACKGROUNDS)
@@ -192,14 +193,15 @@ class World:
 
         Args:
             path: folder that holds ``sprites.zip``; None is the one shipped with the package.
-            objects: how many objects, 2 to 48.
+            objects: how many objects, 4 to 48.
             styles: drawing styles, of ``noto`` and ``twemoji``.
 
         Raises:
             ValueError: a number or style out of range, or no archive there, or a sprite missing in it.
         """
-        if not 2 <= objects <= len(OBJECTS):
-            raise ValueError(f"objects={objects} is out of range: the world has 2 to {len(OBJECTS)} objects")
+        if not MIN_OBJECTS <= objects <= len(OBJECTS):
+            limits = f"{MIN_OBJECTS} to {len(OBJECTS)}"
+            raise ValueError(f"objects={objects} is out of range: the world has {limits} objects")
         unknown = [style for style in styles if style not in STYLES]
         if unknown or not styles:
             raise ValueError(f"styles {list(styles)} must be one or more of {', '.join(STYLES)}")
