@@ -33,11 +33,11 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from vilau.model import VilaUForConditionalGeneration
     from vilau.processing.processor import build_processor
     from vilau.training.config import load_config
-    from vilau.training.run import build_config
+    from vilau.training.model_config import build_config
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tokenizer")
-    config = build_config(load_config(ROOT / "configs" / "nano" / "debug.yaml"), len(tokenizer))
+    config = build_config(load_config(ROOT / "configs" / "nano" / "debug.yaml"), tokenizer)
     folder = tmp_path_factory.mktemp("tiny") / "model"
     VilaUForConditionalGeneration(config).save_pretrained(folder)
     build_processor(tokenizer, config).save_pretrained(folder)

@@ -33,13 +33,13 @@ h1 em { font-style: normal; color: var(--accent); }
 .facts b { font-variant-numeric: tabular-nums; }
 h2 { font-size: 22px; margin: 48px 0 4px; letter-spacing: -0.01em; }
 .note { color: var(--soft); margin: 0 0 16px; font-size: 14px; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(168px, 1fr)); gap: 16px; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(156px, 1fr)); gap: 16px; }
 .wide { grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 14px; overflow: hidden; }
 figure img { display: block; width: 100%; aspect-ratio: 1; image-rendering: pixelated; }
 figcaption { padding: 10px 12px 12px; font-size: 14px; line-height: 1.35; }
 .row { display: grid; grid-template-columns: 128px 1fr; }
-.row img { height: 100%; min-height: 128px; object-fit: cover; }
+.row img { width: 128px; height: 128px; align-self: center; }
 .row figcaption { padding: 12px 14px; align-self: center; }
 .asked { color: var(--soft); display: block; }
 .said { display: block; font-size: 16px; font-weight: 600; margin: 2px 0 4px; overflow-wrap: anywhere; }
@@ -83,8 +83,9 @@ def page(items: Sequence[Item], facts: Mapping[str, Any], titles: Mapping[str, s
 <body>
 <main>
 <h1>One model that <em>sees</em> and <em>draws</em></h1>
-<p class="lead">Every picture, film and sentence below was made by the same {facts["parameters"] / 1e6:.1f} million
-parameters: pictures become words of a visual language, and one language model reads and writes both.</p>
+<p class="lead">The drawings, films and answers below all come from one network of
+{facts["parameters"] / 1e6:.1f} million parameters: pictures become words of a visual language, and one language model
+reads and writes both.</p>
 <ul class="facts">{chips}</ul>
 {chr(10).join(sections)}
 <footer>{html.escape(credit)}<br>Made by <code>vilau demo</code>, seed {facts["seed"]}.</footer>
@@ -103,7 +104,7 @@ def _chips(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("in all", f"{facts['total_seconds']:.0f} s"),
         ("peak memory", f"{facts['peak_memory_mb']} MB"),
         ("device", str(facts["device"])),
-        ("model", str(facts["model"])),
+        ("model", str(facts["model"]).rstrip("/").rsplit("/", 1)[-1]),
     ]
 
 
