@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+_COLDEST = 1e-6  # below it, quotients overflow; the draw is the most likely code long before
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -44,7 +46,7 @@ def filter_logits(logits: torch.Tensor, options: SamplingOptions) -> torch.Tenso
     if options.temperature == 0:
         best = logits.argmax(-1, keepdim=True)
         return torch.full_like(logits, float("-inf")).scatter(-1, best, 0.0)
-    logits = logits / options.temperature
+    logits = logits / max(options.temperature, _COLDEST)
     if 0 < options.top_k < logits.shape[-1]:
         lowest = logits.topk(options.top_k, -1).values[..., -1:]
         logits = logits.masked_fill(logits < lowest, float("-inf"))
@@ -70,7 +72,7 @@ def gumbel_noise(seeds: torch.Tensor, position: int, depth: int, size: int) -> t
     column = torch.arange(size, dtype=torch.int64, device=seeds.device)
     state = mix(mix(seeds + 0x632BE5AB) + (position << 8) + depth)
     bits = mix(state.unsqueeze(1) + column * -0x61C8864680B583EB)
-    uniform = ((bits >> 40) & 0xFFFFFF).float().add(0.5).div(1 << 24)
+    uniform = ((bits >> 41) & 0x7FFFFF).float().add(0.5).div(1 << 23)  # exact in float32, so never 0 or 1
     return -torch.log(-torch.log(uniform))
 
 
@@ -82,5 +84,6 @@ def mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def row_seeds(seed: int, rows: int, device: torch.device | str) -> torch.Tensor:
-    """Return one seed per row ``(rows,)``: row 0 of any batch has the request's own seed."""
+    """Return one seed per row ``(rows,)``: row 0 of any batch has the request's own seed, any integer modulo 2^64."""
+    seed = (seed + (1 << 63)) % (1 << 64) - (1 << 63)
     return torch.arange(rows, dtype=torch.int64, device=device) * 0x5851F42D + seed
