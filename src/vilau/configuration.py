@@ -93,10 +93,12 @@ class VisionTowerConfig(PreTrainedConfig):
         for name in ("depth", "codebook_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.image_size % self.patch_size:
+        if self.grid < 1:
+            raise ValueError(f"image_size {self.image_size} is smaller than patch_size {self.patch_size}")
+        if self.stem == "conv" and self.image_size % self.patch_size:
             raise ValueError(
-                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; "
-                "change one of the two so that whole patches cover the picture"
+                f"stem 'conv' needs an image_size that is a multiple of patch_size, got {self.image_size} and "
+                f"{self.patch_size}"
             )
         side = self.latent_side * 2 ** (len(self.decoder_multipliers) - 1)
         if side != self.image_size:
@@ -119,7 +121,7 @@ class VisionTowerConfig(PreTrainedConfig):
 
     @property
     def grid(self) -> int:
-        """Positions per side."""
+        """Positions per side; a rest of the picture that fills no patch is left out (384 px in patches of 14: 27)."""
         return self.image_size // self.patch_size
 
     @property
