@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -52,12 +53,13 @@ class ResidualQuantizer(nn.Module):
         self.codebook_size, self.code_dim, self.depth = codebook_size, code_dim, depth
         self.shared, self.decay, self.restart_unused = shared, decay, restart_unused
         books = 1 if shared else depth
-        self.register_buffer("codebook", torch.randn(books, codebook_size, code_dim) * code_dim**-0.5)
-        self.register_buffer("ema_count", torch.ones(books, codebook_size))
+        codebook = torch.randn(books, codebook_size, code_dim, dtype=torch.float32) * code_dim**-0.5
+        self.register_buffer("codebook", codebook)
+        self.register_buffer("ema_count", torch.ones(books, codebook_size, dtype=torch.float32))
         self.register_buffer("ema_sum", self.codebook.clone())
         self.register_buffer("initialised", torch.zeros(1, dtype=torch.long))
 
-    def _apply(self, fn, recurse: bool = True):  # noqa: ANN001, ANN202 - signature of nn.Module
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ResidualQuantizer:
         """Move between devices but never leave float32."""
 
         def keep_float32(tensor: torch.Tensor) -> torch.Tensor:
@@ -67,9 +69,8 @@ class ResidualQuantizer(nn.Module):
         saved = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(keep_float32, recurse)
         for name, before in saved.items():  # a cast to half precision and back must not round the codebook
-            after = self._buffers[name]
-            if before.is_floating_point() and before.device == after.device and not before.is_meta:
-                self._buffers[name] = before
+            if before.is_floating_point() and not before.is_meta:
+                self._buffers[name] = before.to(self._buffers[name].device)
         return self
 
     def book(self, depth: int) -> torch.Tensor:
@@ -78,12 +79,8 @@ class ResidualQuantizer(nn.Module):
 
     def search(self, residual: torch.Tensor, depth: int) -> torch.Tensor:
         """Return the index ``(N,)`` of the nearest code for each row of ``residual`` (N, C), in float32."""
-        book = self.book(depth)
-        half_norm = book.square().sum(1) / 2
         rows = max(1, _CHUNK_ENTRIES // self.codebook_size)
-        return torch.cat(
-            [torch.addmm(half_norm, part, book.t(), alpha=-1).argmin(1) for part in residual.split(rows)]
-        )
+        return torch.cat([_nearest(part, self.book(depth)) for part in residual.split(rows)])
 
     @torch.no_grad()
     def encode(self, z_e: torch.Tensor) -> torch.Tensor:
@@ -182,6 +179,12 @@ class ResidualQuantizer(nn.Module):
             self.ema_sum[book, unused] = chosen * refill
 
 
+def _nearest(points: torch.Tensor, book: torch.Tensor) -> torch.Tensor:
+    """Return the index ``(N,)`` of the row of ``book`` (K, C) nearest to each of ``points`` (N, C), autocast or not."""
+    with torch.autocast(points.device.type, enabled=False):
+        return torch.addmm(book.square().sum(1) / 2, points, book.t(), alpha=-1).argmin(1)
+
+
 def _gather_rows(rows: torch.Tensor) -> torch.Tensor:
     """Concatenate equally many rows from every rank."""
     if not (dist.is_initialized() and dist.get_world_size() > 1):
@@ -202,7 +205,7 @@ def _k_means(
     centres = points[start.to(points.device)].clone()
     assigned = torch.zeros(len(points), dtype=torch.long, device=points.device)
     for _ in range(iterations):
-        assigned = torch.addmm(centres.square().sum(1) / 2, points, centres.t(), alpha=-1).argmin(1)
+        assigned = _nearest(points, centres)
         count = torch.zeros(k, device=points.device).index_add_(0, assigned, torch.ones_like(points[:, 0]))
         total = torch.zeros_like(centres).index_add_(0, assigned, points)
         empty = (count == 0).nonzero().squeeze(1)
@@ -210,5 +213,5 @@ def _k_means(
         if len(empty):
             pick = torch.randint(len(points), (len(empty),), generator=generator).to(points.device)
             centres[empty] = points[pick]
-    assigned = torch.addmm(centres.square().sum(1) / 2, points, centres.t(), alpha=-1).argmin(1)
+    assigned = _nearest(points, centres)
     return centres, assigned
