@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,3 +54,76 @@ def shipped_model_dir() -> Path:
     if not (SHIPPED_MODEL / "config.json").is_file():
         pytest.skip("no model ships with this checkout yet")
     return SHIPPED_MODEL
+
+
+@pytest.fixture(scope="session")
+def make_config() -> Callable[..., Any]:
+    """A function that returns a very small `VilaUConfig`: 16 px, 2x2 positions, depth 3, 16 codes of width 8.
+
+    Keyword arguments named after a field of the vision tower or of the whole model replace it; `text` and `depths`
+    hold fields of the language model and of the depth transformer. The weights it starts from are large, so that every
+    input matters visibly.
+    """
+    from vilau.configuration import VilaUConfig
+
+    def build(text: dict[str, Any] | None = None, depths: dict[str, Any] | None = None, **changes: Any) -> VilaUConfig:
+        encoder = {
+            "image_size": 16,
+            "patch_size": 8,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        }
+        vision: dict[str, Any] = {
+            "image_encoder_config": encoder,
+            "code_dim": 8,
+            "depth": 3,
+            "codebook_size": 16,
+            "decoder_channels": 8,
+            "decoder_groups": 4,
+            "decoder_multipliers": [1, 1, 1, 1],
+            "decoder_blocks": 1,
+            "decoder_attention": [2],
+            "decoder_latent_channels": 8,
+        }
+        whole: dict[str, Any] = {"num_frames": 2}
+        for name, value in changes.items():
+            (whole if name in VilaUConfig.__dataclass_fields__ else vision)[name] = value
+        language = {
+            "model_type": "llama",
+            "vocab_size": 40,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            "initializer_range": 0.2,
+        }
+        depth = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "dropout": 0.0}
+        return VilaUConfig(
+            vision_config=vision, text_config=language | (text or {}), depth_config=depth | (depths or {}), **whole
+        )
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def make_model(make_config: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that returns a `VilaUForConditionalGeneration` of `make_config`'s size in evaluation mode."""
+    import torch
+
+    from vilau.model import VilaUForConditionalGeneration
+
+    def build(seed: int = 0, **changes: Any) -> VilaUForConditionalGeneration:
+        torch.manual_seed(seed)
+        model = VilaUForConditionalGeneration(make_config(**changes)).eval()
+        torch.nn.init.normal_(model.depth_transformer.position_embedding)
+        torch.nn.init.normal_(model.depth_transformer.head.weight, std=0.5)
+        return model
+
+    return build
