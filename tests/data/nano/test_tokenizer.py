@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vilau.data.nano.dataset import FORM_OF, NanoDataset
-from vilau.data.nano.tokenizer import FIRST_TOKENS, LAST_TOKENS, load_tokenizer, train_tokenizer
-from vilau.data.nano.world import BACKGROUNDS, OBJECTS, World
+from vilau.data.nano.tokenizer import FIRST_TOKENS, LAST_TOKENS, load_tokenizer, save_tokenizer, train_tokenizer
+from vilau.data.nano.world import ASSETS, BACKGROUNDS, OBJECTS, World
 
 TOKENIZER = load_tokenizer()
 
@@ -83,3 +85,10 @@ def test_bad_sizes_are_refused() -> None:
         train_tokenizer(["a"], 4096)
     with pytest.raises(ValueError, match="no word"):
         train_tokenizer([" "])
+
+
+@pytest.mark.long
+def test_the_shipped_tokenizer_is_what_its_command_makes(tmp_path: Path) -> None:
+    """Protects `make nano`: training again on the same texts gives the file that ships."""
+    save_tokenizer(tmp_path)
+    assert (tmp_path / "tokenizer.json").read_bytes() == (ASSETS / "tokenizer" / "tokenizer.json").read_bytes()

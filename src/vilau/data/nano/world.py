@@ -213,7 +213,7 @@ class World:
                 if sprite_name(style, spec.name) not in members:
                     raise ValueError(
                         f"{archive} holds no {style} sprite of {spec.name!r}: "
-                        f"build it again with --styles {','.join(styles)}"
+                        f"build it again with {' '.join(f'--style {name}' for name in styles)}"
                     )
         return cls(chosen, tuple(styles), dict(BACKGROUNDS), archive)
 
