@@ -69,6 +69,4 @@ def find_targets(
     text_at = text_targets.flatten().nonzero().squeeze(1)
     visual_at = visual_targets.flatten().nonzero().squeeze(1)
     row_of = is_visual.flatten().long().cumsum(0) - 1
-    return Targets(
-        text_at - 1, input_ids.flatten()[text_at], text_at, visual_at - 1, row_of[visual_at], visual_at
-    )
+    return Targets(text_at - 1, input_ids.flatten()[text_at], text_at, visual_at - 1, row_of[visual_at], visual_at)

@@ -153,9 +153,7 @@ class VisionTower(PreTrainedModel):
         if not quantize:
             return TowerOutput(z_e, z_e, None, z_e.new_zeros(()), self.image_embeds(z_e))
         quantized = self.quantizer(z_e)
-        return TowerOutput(
-            z_e, quantized.z_q, quantized.codes, quantized.commitment, self.image_embeds(quantized.z_q)
-        )
+        return TowerOutput(z_e, quantized.z_q, quantized.codes, quantized.commitment, self.image_embeds(quantized.z_q))
 
     @torch.no_grad()
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
