@@ -1,0 +1,1 @@
+"""Measuring models: the nano suite, its two judges (drawings and motion), plain metrics, and reports."""
