@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -140,7 +141,7 @@ def contact_sheet(
     cell = max(image.shape[1] for image in images) * scale
     width, line = width or max(cell, 128), 11
     letters = max(8, width // 6)
-    lines = [[words[i : i + letters] for i in range(0, len(words), letters)] for words in captions]
+    lines = [textwrap.wrap(words, letters) for words in captions]
     height = cell + 4 + line * max(1, max((len(wrapped) for wrapped in lines), default=1))
     rows = (len(images) + columns - 1) // columns
     sheet = Image.new("RGB", (columns * (width + 6), rows * (height + 6)), "white")
