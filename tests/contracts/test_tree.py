@@ -94,10 +94,14 @@ def test_every_configuration_parses_and_builds(path: Path) -> None:
 
 
 def commands(text: str) -> list[list[str]]:
-    """The `vilau ...` lines of a document's code blocks."""
-    blocks = re.findall(r"```(?:bash|sh|console)?\n(.*?)```", text, re.S)
-    lines = [line.removeprefix("$ ").strip() for block in blocks for line in block.splitlines()]
-    return [shlex.split(line, comments=True) for line in lines if line.startswith("vilau ")]
+    """The `vilau ...` lines of a document's shell blocks."""
+    found, language = [], None
+    for line in text.splitlines():
+        if line.startswith("```"):
+            language = line[3:].strip() if language is None else None
+        elif language in ("bash", "sh", "console", "") and line.removeprefix("$ ").startswith("vilau "):
+            found.append(shlex.split(line.removeprefix("$ "), comments=True))
+    return found
 
 
 def documents() -> list[Path]:

@@ -16,6 +16,7 @@ from vilau import __version__
 from vilau.cli import ask, convert, data, demo, evaluate, generate, info
 from vilau.cli.common import one_line
 
+INTERRUPTED = 130
 _UsageError = typer.BadParameter.__mro__[1]  # typer carries click inside and shows only this much of its errors
 _CommandError: type[Exception] = _UsageError.__mro__[1]
 
@@ -75,9 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result = app(args=None if arguments is None else list(arguments), prog_name="vilau", standalone_mode=False)
         sys.stdout.flush()
+        if result == INTERRUPTED:  # what typer makes of Ctrl-C
+            return _fail("stopped", INTERRUPTED)
         return result if isinstance(result, int) else 0
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("stopped", 130)
+        return _fail("stopped", INTERRUPTED)
     except _CommandError as error:
         context = getattr(error, "ctx", None)
         where = context.command_path if context is not None else "vilau"
