@@ -2,8 +2,8 @@
 
 It learns from real renders of all combinations of objects and backgrounds (also those held out from the models: the
 judge must know what it is asked about), made worse by `degradations.py`, and from reconstructions of two or more vision
-towers, none of which is ever judged. The towers that trained the shipped judge come from configs/nano/judge-tower-a.yaml
-and judge-tower-b.yaml.
+towers, none of which is ever judged. Those of the shipped judge come from configs/nano/judge-tower-a.yaml and
+judge-tower-b.yaml.
 """
 
 from __future__ import annotations
@@ -124,6 +124,7 @@ def train_judge(
     recipe: Recipe = Recipe(),
     progress: Progress | None = None,
     judged: Sequence[str | Path] = (),
+    measured: int = 2048,
 ) -> dict[str, Any]:
     """Train a judge, write ``judge.safetensors`` and ``judge.json`` into `out`, and return the record.
 
@@ -131,15 +132,19 @@ def train_judge(
         towers: folders of finished vision towers (two or more), none of which will be judged.
         judged: towers on which the finished judge is measured as well; it never learns from them.
         progress: called with lines for people.
+        measured: pictures of the mixture that the finished judge is measured on.
 
     Raises:
-        ValueError: fewer than two towers, or one of another image size.
+        ValueError: fewer than two towers, twice the same, or one of another image size.
     """
     if len(towers) < 2:
         raise ValueError(f"a judge needs the reconstructions of at least 2 towers to learn from, {len(towers)} given")
     say = progress or (lambda line: None)
     world = World.load()
     loaded = [_load_tower(path, recipe.image_size) for path in towers]
+    described = [_describe(path, tower) for path, tower in zip(towers, loaded, strict=True)]
+    if len({tower["sha256"] for tower in described}) < len(described):
+        raise ValueError("the judge was given the same tower twice: train another one, from another seed")
     torch.manual_seed(seed)
     pools = []
     for number, tower in enumerate(loaded):
@@ -157,7 +162,7 @@ def train_judge(
         "seed": seed,
         "recipe": asdict(recipe),
         "degradations": list(DEGRADATIONS),
-        "towers": [_describe(path, tower) for path, tower in zip(towers, loaded, strict=True)],
+        "towers": described,
         "parameters": sum(p.numel() for p in net.parameters()),
     }
     folder = Path(out)
@@ -166,7 +171,7 @@ def train_judge(
     save_file(weights, folder / WEIGHTS)
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     extra = [_load_tower(path, recipe.image_size) for path in judged]
-    record["accuracies"] = measure(Judge.load(folder), world, recipe, seed, loaded, extra)
+    record["accuracies"] = measure(Judge.load(folder), world, recipe, seed, loaded, extra, measured)
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return record
 

@@ -282,7 +282,7 @@ def run_suite(
     device: str | None = None,
     progress: Progress | None = None,
     *,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling | None = None,
     split: str = HELDOUT,
     only: Collection[str] = (),
     judge_path: str | Path | None = None,
@@ -321,7 +321,7 @@ def run_suite(
     found = find_model(model_path)
     world = World.load(objects=objects, styles=styles)
     judge = Judge.load(judge_path)
-    subject = Subject(load(found, device), sampling)
+    subject = Subject(load(found, device), sampling or Sampling())
     say = progress or (lambda line: None)
     suite = Suite(subject, world, judge, split, seed, limit, Counts().limited(limit), say)
     for name, part in PARTS.items():

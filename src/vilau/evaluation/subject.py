@@ -125,7 +125,7 @@ class Subject:
         for start in range(0, len(prompts), batch):
             conversations = [[{"role": "user", "content": words}] for words in prompts[start : start + batch]]
             inputs = self._inputs(conversations, mode)
-            number = seed * 7919 + start * _SEED_STEP
+            number = (seed * 7919 + start * _SEED_STEP) % (1 << 62)
             output = self.model.generate(**inputs, generation_mode=mode, seed=number, **chosen)
             parts.append(output.pixel_values.float().cpu())
         return torch.cat(parts)
