@@ -6,12 +6,14 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -43,31 +45,57 @@ def save_checkpoint(
     facts: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Write ``folder/step-NNNNNN`` and remove all but the `keep` newest; it is visible only when complete."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write ``folder/step-NNNNNNN`` and remove all but the `keep` newest; it is visible only when complete.
+
+    Checkpoints of later steps are removed too: they were damaged, or training would have gone on from them.
+
+    Raises:
+        OSError: it cannot be written, for instance because the disk is full; what was there before is untouched.
+    """
     final = folder / f"{_PREFIX}{step:07d}"
     beside = folder / f".{final.name}.partial"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in module.state_dict().items()}
-    save_file(tensors, beside / "module.safetensors")
-    torch.save([optimizer.state_dict() for optimizer in optimizers], beside / "optimizers.pt")
-    (beside / "state.json").write_text(json.dumps({"step": step, **facts}, indent=1))
-    seal(beside)
-    publish(beside, final)
-    for old in sorted(list_checkpoints(folder))[:-keep]:
-        shutil.rmtree(old)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in module.state_dict().items()}
+        save_file(tensors, beside / "module.safetensors")
+        torch.save([optimizer.state_dict() for optimizer in optimizers], beside / "optimizers.pt")
+        (beside / "state.json").write_text(json.dumps({"step": step, **facts}, indent=1))
+        seal(beside)
+        publish(beside, final)
+    except (OSError, SafetensorError, RuntimeError) as error:  # the libraries report a full disk in ways of their own
+        shutil.rmtree(beside, ignore_errors=True)
+        raise OSError(f"cannot write the checkpoint {final}: {_first_line(error)}") from error
+    kept = [path for path in list_checkpoints(folder) if path <= final][-keep:]
+    for path in set(list_checkpoints(folder)) - set(kept):
+        gone = path.with_name(f".{path.name}.old")
+        shutil.rmtree(gone, ignore_errors=True)
+        path.rename(gone)  # at once, so that no half of it is ever in sight
+    for path in folder.glob(f".{_PREFIX}*"):  # also what killed processes left
+        shutil.rmtree(path, ignore_errors=True)
     return final
 
 
-def load_checkpoint(
-    path: Path, module: nn.Module, optimizers: list[torch.optim.Optimizer]
-) -> dict[str, Any]:
-    """Load a verified checkpoint into `module` and `optimizers`; return what ``state.json`` says."""
-    module.load_state_dict(load_file(path / "module.safetensors"))
-    states = torch.load(path / "optimizers.pt", map_location="cpu", weights_only=True)
-    for optimizer, state in zip(optimizers, states, strict=True):
-        optimizer.load_state_dict(state)
+def load_checkpoint(path: Path, module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
+    """Load a verified checkpoint into `module` and `optimizers`; return what ``state.json`` says.
+
+    Raises:
+        ValueError: it belongs to another model or other optimizers, or its optimizer file holds more than tensors
+            and plain values (nothing of it is executed).
+    """
+    try:
+        module.load_state_dict(load_file(path / "module.safetensors"))
+        states = torch.load(path / "optimizers.pt", map_location="cpu", weights_only=True)
+        for optimizer, state in zip(optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path / 'optimizers.pt'} is refused: it holds more than tensors and plain values") from error
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"the checkpoint {path} does not fit this configuration's model and optimizers ({_first_line(error)}); "
+            "train with the configuration it was made with, or choose another output folder"
+        ) from error
     return json.loads((path / "state.json").read_text())
 
 
@@ -80,7 +108,7 @@ def newest_intact(folder: Path) -> Path | None:
     """Return the newest checkpoint that passes its manifest; damaged ones are named in the log and passed over."""
     damaged = []
     for path in reversed(list_checkpoints(folder)):
-        fault = find_fault(path)
+        fault = find_fault(path) or _find_wrong_step(path)
         if fault is None:
             if damaged:
                 logger.warning("using %s instead of damaged %s", path.name, ", ".join(damaged))
@@ -100,23 +128,38 @@ def seal(folder: Path) -> None:
     (folder / _MANIFEST).write_text(json.dumps(entries, indent=1, sort_keys=True))
 
 
-def find_fault(folder: Path) -> str | None:
-    """Return what is wrong with a sealed folder, or ``None``: missing, surplus, truncated or altered files."""
+def find_fault(folder: Path, surplus: bool = False) -> str | None:
+    """Return what is wrong with a sealed folder, or ``None``: missing, surplus (unless allowed), altered files."""
     try:
         entries = json.loads((folder / _MANIFEST).read_text())
         expected = {name: (int(e["bytes"]), str(e["sha256"])) for name, e in entries.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"its manifest cannot be read ({type(error).__name__})"
     present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != _MANIFEST}
-    if present != set(expected):
-        return f"files differ from its manifest: {', '.join(sorted(present ^ set(expected)))}"
+    different = set(expected) - present if surplus else present ^ set(expected)
+    if different:
+        return f"files differ from its manifest: {', '.join(sorted(different))}"
     for name, (size, digest) in expected.items():
         path = folder / name
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if file_digest(path) != digest:
-            return f"{name} does not have the SHA-256 of its manifest"
+        try:
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes instead of {size}"
+            if file_digest(path) != digest:
+                return f"{name} does not have the SHA-256 of its manifest"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
     return None
+
+
+def _find_wrong_step(path: Path) -> str | None:
+    """Return what is wrong when a checkpoint's name and content speak of different steps."""
+    step = int(json.loads((path / "state.json").read_text())["step"])
+    return None if path.name == f"{_PREFIX}{step:07d}" else f"it holds step {step}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) or type(error).__name__
 
 
 def publish(beside: Path, final: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -34,7 +35,7 @@ class MetricLog:
         if self.active:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.start)
-            self.lines = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
+            self.lines = _reopen(self.folder / "metrics.jsonl", self.start)
         if self.show and self.console.is_terminal:
             self.progress = Progress(
                 TextColumn("{task.description}"),
@@ -86,3 +87,15 @@ class MetricLog:
             self.console.print(f"{self.stage} {step}/{self.total} {figures} left {left / 60:.0f} min", highlight=False)
         self.reported = step
         self.sums, self.samples, self.seconds, self.since = {}, 0, 0.0, time.perf_counter()
+
+
+def _reopen(path: Path, start: int) -> TextIO:
+    """Open the JSON lines for appending, without those of steps that a killed process did after its last checkpoint."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []:
+        if line.endswith("\n") and json.loads(line)["step"] <= start:
+            kept.append(line)
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text("".join(kept), encoding="utf-8")
+    beside.rename(path)
+    return path.open("a", encoding="utf-8")
