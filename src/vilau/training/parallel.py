@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ def start() -> tuple[int, int]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -55,7 +56,9 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Add up the gradients of all processes in one flat message; absent gradients count as zero.
+    """Add up the gradients of all processes in one flat message; a gradient absent on some counts as zero there.
+
+    One that is absent on all stays absent, so that the optimizers leave its parameter alone as on one process.
 
     Every loss is already divided by its global count, so the sum is the gradient of the global batch, however many
     processes shared it.
@@ -63,14 +66,29 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     if world_size() == 1:
         return
     chosen = [p for p in parameters if p.requires_grad]
-    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in chosen])
+    present = torch.tensor([float(p.grad is not None) for p in chosen], device=chosen[0].device)
+    flat = torch.cat([*((p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in chosen), present])
     dist.all_reduce(flat)
-    offset = 0
-    for p in chosen:
-        p.grad = flat[offset : offset + p.numel()].view_as(p).clone()
-        offset += p.numel()
+    for p, part, known in zip(chosen, flat.split([*(p.numel() for p in chosen), len(chosen)]), flat[-len(chosen) :]):
+        p.grad = part.view_as(p).clone() if known else None
 
 
 def any_rank(flag: bool) -> bool:
     """Return whether any process raised the flag."""
     return bool(sum_over_ranks(torch.tensor(float(flag))) > 0)
+
+
+def ranks_where(flag: bool) -> list[int]:
+    """Return the numbers of the processes that raised the flag, the same list everywhere."""
+    flags = torch.zeros(world_size())
+    flags[rank()] = float(flag)
+    return sum_over_ranks(flags).nonzero().flatten().tolist()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return every process's value, in rank order."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered

@@ -127,7 +127,9 @@ class TowerStage(Stage):
 
 
 def local_numbers(step: int, batch_size: int, rank: int, world_size: int) -> range:
-    """Return the sample numbers of one process at a 0-based step; the processes share the batch evenly.
+    """Return the sample numbers of one process at a 0-based step: the batch in equal runs, in rank order.
+
+    Rows gathered from all processes in rank order thus stand in the order that one process would have.
 
     Raises:
         ValueError: the batch does not divide by the number of processes.
@@ -136,7 +138,9 @@ def local_numbers(step: int, batch_size: int, rank: int, world_size: int) -> ran
         raise ValueError(
             f"batch_size {batch_size} does not divide by {world_size} processes; choose a multiple of {world_size}"
         )
-    return range(step * batch_size + rank, (step + 1) * batch_size, world_size)
+    share = batch_size // world_size
+    first = step * batch_size + rank * share
+    return range(first, first + share)
 
 
 def encode_captions(tokenizer: Any, captions: Sequence[str], length: int) -> torch.Tensor:
