@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -39,15 +40,19 @@ def train(config: Path, overrides: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     settings = load_config(config, overrides)
+    speaks = os.environ.get("RANK", "0") == "0"  # all processes of a run end alike: one line is enough
     try:
         result = run(settings, Hooks(samples=draw_samples))
     except StopRequested as stopped:
-        say(f"{stopped}; the same command goes on from there")
+        if speaks:
+            say(f"{stopped}; the same command goes on from there")
         raise typer.Exit(stopped.exit_code) from None
     except TrainingError as error:
-        say(f"vilau train: {error}")
+        if speaks:
+            say(f"vilau train: {error}")
         raise typer.Exit(1) from None
-    typer.echo(str(result))
+    if speaks:
+        typer.echo(str(result))
 
 
 def draw_samples(stage: Stage, step: int, folder: Path) -> None:

@@ -8,10 +8,9 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vilau.training import parallel
 from vilau.training.checkpoint import (
+    find_fault,
     load_checkpoint,
     newest_intact,
     publish,
@@ -29,6 +29,7 @@ from vilau.training.checkpoint import (
 from vilau.training.metrics import MetricLog
 from vilau.training.optimizers import build_optimizers, lr_share, set_lr
 from vilau.training.stage import Stage
+from vilau.training.stopping import StopRequested, StopSignal, mark_stopped
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +38,6 @@ SampleHook = Callable[[Stage, int, Path], None]
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what to do."""
-
-
-class StopRequested(Exception):
-    """A signal asked for an end; a complete checkpoint was written first. `exit_code` is 128 + the signal."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
 
 
 @dataclass
@@ -78,13 +71,20 @@ class _StepBatches(Dataset):
 
 @dataclass
 class Engine:
-    """Run one stage to its end, from the newest intact checkpoint if there is one."""
+    """Run one stage to its end, from the newest intact checkpoint if there is one.
+
+    Resuming is exact, bit for bit, with the same configuration and number of processes; with another number of
+    processes the samples are the same and the losses equal up to rounding. With another `batch_size`, `steps` or seed
+    the run goes on from the same step, with a warning: step n then reads the samples and has the learning rate of
+    step n of the new configuration, so some samples are skipped or come again.
+    """
 
     stage: Stage
     options: EngineOptions
+    stop: StopSignal = field(default_factory=StopSignal)
+    stopped: bool = field(init=False, default=False)
     optimizers: list[torch.optim.Optimizer] = field(init=False)
     step: int = field(init=False, default=0)
-    _stop: int = field(init=False, default=0)
 
     @property
     def result(self) -> Path:
@@ -94,31 +94,44 @@ class Engine:
     def run(self) -> Path:
         """Train until the configured step and return the folder with the result; a finished stage returns at once.
 
+        A stop that arrives with the last step does not keep the stage from being finished; `stopped` then tells of it.
+
         Raises:
-            TrainingError: a loss is not finite on any process (all stop before the update).
+            TrainingError: a loss or gradient is not finite on any process (all stop before the update), or a
+                checkpoint cannot be written or does not fit.
             StopRequested: SIGTERM or SIGINT arrived; everything up to this step is in a checkpoint.
         """
-        if self.result.is_dir():
+        if is_finished(self.options.folder):
             return self.result
         self.optimizers = build_optimizers(self.stage.module, self.stage.config.optimizer)
         self._resume()
-        previous = {s: signal.signal(s, self._request_stop) for s in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            self._loop()
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-        self._finish()
+        self._loop()
+        self._on_first(self._finish)
         return self.result
 
-    def _request_stop(self, number: int, frame: FrameType | None) -> None:
-        self._stop = number
+    def _facts(self) -> dict[str, Any]:
+        config = self.stage.config
+        return {
+            "stage": self.stage.name,
+            "seed": self.options.seed,
+            "batch_size": config.batch_size,
+            "steps": config.steps,
+        }
 
     def _resume(self) -> None:
         path = newest_intact(self.options.folder / "checkpoints")
-        if path is not None:
-            self.step = int(load_checkpoint(path, self.stage.module, self.optimizers)["step"])
-            logger.info("%s: resuming after step %d", self.stage.name, self.step)
+        if path is None:
+            return
+        try:
+            state = load_checkpoint(path, self.stage.module, self.optimizers)
+        except ValueError as error:
+            raise TrainingError(str(error)) from error
+        self.step = int(state["step"])
+        changed = {name: (state.get(name, new), new) for name, new in self._facts().items()}
+        for name, (old, new) in changed.items():
+            if old != new:
+                logger.warning("%s: goes on with %s %s instead of %s", self.stage.name, name, new, old)
+        logger.info("%s: resuming after step %d from %s", self.stage.name, self.step, path.name)
 
     def _batches(self) -> Iterator[Any]:
         data = _StepBatches(self.stage, parallel.rank(), parallel.world_size())
@@ -146,17 +159,35 @@ class Engine:
                     options.on_step(self.step)
                 if self.step % options.log_every == 0 or self.step == total:
                     log.report(self.step, self.optimizers[0].param_groups[0]["lr"])
-                stop = parallel.any_rank(self._stop > 0)
-                if stop or self.step % options.save_every == 0 or self.step == total:
-                    self._save()
+                self.stopped = parallel.any_rank(self.stop.number > 0)
+                if self.stopped or self.step % options.save_every == 0 or self.step == total:
+                    self._on_first(self._save)
                 if self.step % options.sample_every == 0 or self.step == total:
                     self._draw_samples()
-                if stop and self.step < total:
-                    self._mark_stop()
-                    number = self._stop or signal.SIGTERM  # the signal may have reached another process only
-                    raise StopRequested(
-                        f"{self.stage.name} stopped on request after step {self.step}", 128 + int(number)
-                    )
+                if self.stopped and self.step < total:
+                    raise self.stop_error()
+
+    def stop_error(self) -> StopRequested:
+        """Leave the marker and return the error that ends a run which was asked to stop."""
+        if parallel.rank() == 0:
+            mark_stopped(self.options.folder, self.step)
+        parallel.barrier()  # no process leaves before the marker is there, lest it be started again without one
+        number = self.stop.number or signal.SIGTERM  # the signal may have reached another process only
+        return StopRequested(f"{self.stage.name} stopped on request after step {self.step}", 128 + int(number))
+
+    def _on_first(self, write: Callable[[], object]) -> None:
+        """Let the first process write while the others wait; when it cannot, all stop with the reason."""
+        error: OSError | None = None
+        if parallel.rank() == 0:
+            try:
+                write()
+            except OSError as caught:
+                error = caught
+        if parallel.any_rank(error is not None):
+            raise TrainingError(
+                f"{self.stage.name}: {error or 'the first process could not write'}; earlier checkpoints are as they "
+                "were, and the same command goes on from the newest"
+            ) from error
 
     def _train_step(self, batch: Any) -> dict[str, tuple[float, float]]:
         config = self.stage.config
@@ -167,32 +198,30 @@ class Engine:
             optimizer.zero_grad(set_to_none=True)
         result = self.stage.compute(batch, self.step)
         loss = float(result.loss.detach())
-        if parallel.any_rank(not math.isfinite(loss)):
-            raise TrainingError(
-                f"{self.stage.name}: the loss of step {self.step + 1} is not finite (here {loss}); the weights are as "
-                "the last checkpoint has them - lower the learning rate or look at the batch"
-            )
+        where = parallel.ranks_where(not math.isfinite(loss))
+        if where:
+            raise self._not_finite("loss", f" on process {', '.join(map(str, where))}")
         result.loss.backward()
         parameters = [p for o in self.optimizers for g in o.param_groups for p in g["params"]]
         parallel.sum_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_norm)
+        if parallel.any_rank(not math.isfinite(float(norm))):
+            raise self._not_finite("gradient", "")
         for optimizer in self.optimizers:
             optimizer.step()
         sums = _reduce(result.sums)
         sums["grad_norm"] = (float(norm), 1.0)
         return sums
 
+    def _not_finite(self, what: str, where: str) -> TrainingError:
+        return TrainingError(
+            f"{self.stage.name}: the {what} of step {self.step + 1} is not finite{where}; stopped before the update - "
+            "lower the learning rate or look at the batch"
+        )
+
     def _save(self) -> None:
-        if parallel.rank() == 0:
-            save_checkpoint(
-                self.options.folder / "checkpoints",
-                self.step,
-                self.stage.module,
-                self.optimizers,
-                {"stage": self.stage.name, "seed": self.options.seed},
-                self.options.keep_checkpoints,
-            )
-        parallel.barrier()
+        folder, keep = self.options.folder / "checkpoints", self.options.keep_checkpoints
+        save_checkpoint(folder, self.step, self.stage.module, self.optimizers, self._facts(), keep)
 
     def _draw_samples(self) -> None:
         if self.options.sample_hook is not None and parallel.rank() == 0:
@@ -201,27 +230,37 @@ class Engine:
                 self.options.sample_hook(self.stage, self.step, self.options.folder / "samples")
         parallel.barrier()
 
-    def _mark_stop(self) -> None:
-        if parallel.rank() == 0:
-            (self.options.folder / "STOPPED").write_text(f"stopped on request after step {self.step}\n")
-
     def _finish(self) -> None:
-        if parallel.rank() == 0:
-            beside = self.options.folder / ".final.partial"
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-            self.stage.module.eval()
-            self.stage.save_result(beside)
-            facts = {
-                "stage": self.stage.name,
-                "steps": self.step,
-                "digest": state_digest(self.stage.module, self.optimizers),
-            }
-            (beside / "training.json").write_text(json.dumps(facts, indent=1))
-            seal(beside)
-            publish(beside, self.result)
-            (self.options.folder / "STOPPED").unlink(missing_ok=True)
-        parallel.barrier()
+        beside = self.options.folder / ".final.partial"
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        self.stage.module.eval()
+        self.stage.save_result(beside)
+        facts = {
+            "stage": self.stage.name,
+            "steps": self.step,
+            "digest": state_digest(self.stage.module, self.optimizers),
+        }
+        (beside / "training.json").write_text(json.dumps(facts, indent=1))
+        seal(beside)
+        publish(beside, self.result)
+
+
+def is_finished(folder: Path) -> bool:
+    """Return whether a stage's folder has an intact result; a damaged one is put aside, to be made again."""
+    result = folder / "final"
+    if not result.is_dir():
+        return False
+    fault = find_fault(result, surplus=True) if parallel.rank() == 0 else None
+    if not parallel.any_rank(fault is not None):
+        return True
+    if parallel.rank() == 0:
+        aside = folder / "final.damaged"
+        shutil.rmtree(aside, ignore_errors=True)
+        result.rename(aside)
+        logger.warning("%s is damaged: %s; it is put aside as %s and made again", result, fault, aside.name)
+    parallel.barrier()
+    return False
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
@@ -235,16 +274,12 @@ def _quiet_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a signal to the whole group is the engine's to handle
 
 
-def _reduce(sums: Any) -> dict[str, tuple[float, float]]:
-    names = sorted(sums)
-    flat = torch.tensor([[float(torch.as_tensor(value).detach()) for value in sums[name]] for name in names], dtype=torch.float64)
-    if parallel.world_size() > 1:  # another process may have figures that this one has not
-        gathered: list[Any] = [None] * parallel.world_size()
-        torch.distributed.all_gather_object(gathered, dict(zip(names, flat.tolist(), strict=True)))
-        merged: dict[str, tuple[float, float]] = {}
-        for part in gathered:
-            for name, (total, count) in part.items():
-                before = merged.get(name, (0.0, 0.0))
-                merged[name] = (before[0] + total, before[1] + count)
-        return merged
-    return {name: (row[0], row[1]) for name, row in zip(names, flat.tolist(), strict=True)}
+def _reduce(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[float, float]]:
+    """Add up the figures of all processes, in rank order; one may have figures that another has not."""
+    own = {name: tuple(float(torch.as_tensor(value).detach()) for value in pair) for name, pair in sums.items()}
+    merged: dict[str, tuple[float, float]] = {}
+    for part in parallel.gather_objects(own):
+        for name in sorted(part):
+            before = merged.get(name, (0.0, 0.0))
+            merged[name] = (before[0] + part[name][0], before[1] + part[name][1])
+    return merged

@@ -20,9 +20,11 @@ from vilau.modeling.vision_tower import VisionTower
 from vilau.processing.processor import build_processor
 from vilau.training import parallel
 from vilau.training.config import STAGE_ORDER, StageName, TrainConfig
-from vilau.training.engine import Engine, EngineOptions, SampleHook
+from vilau.training.engine import Engine, EngineOptions, SampleHook, is_finished
 from vilau.training.language import LanguageStage
+from vilau.training.model_config import build_config, build_text_encoder_config
 from vilau.training.stage import Stage
+from vilau.training.stopping import StopSignal, check_marker
 from vilau.training.vision_tower import TowerStage
 
 logger = logging.getLogger(__name__)
@@ -36,39 +38,52 @@ class Hooks:
     on_step: Callable[[str, int], None] | None = None
 
 
-def run(config: TrainConfig, hooks: Hooks = Hooks(), show_progress: bool = True) -> Path:  # noqa: B008
-    """Train all stages of `config` and return the folder of the last one's result; finished stages are skipped."""
+def run(config: TrainConfig, hooks: Hooks = Hooks(), show_progress: bool = True) -> Path:
+    """Train all stages of `config` and return the folder of the last one's result; finished stages are skipped.
+
+    Raises:
+        StopRequested: SIGTERM or SIGINT arrived; calling this again goes on from there.
+        TrainingError: training cannot go on.
+    """
+    names = [name for name in STAGE_ORDER if name in config.stages]
+    if not names:
+        raise ValueError("the configuration has no stages: add at least one under `stages`")
+    build_config(config, load_tokenizer(config))  # a wrong key fails before anything is trained
     if config.threads:
         torch.set_num_threads(config.threads)
-    parallel.start()
+    output = Path(config.output)
     result: Path | None = None
-    try:
-        for number, name in enumerate(s for s in STAGE_ORDER if s in config.stages):
-            folder = Path(config.output) / name
-            if (folder / "final").is_dir():
-                logger.info("%s is finished already", name)
-                result = folder / "final"
-                continue
-            torch.manual_seed(config.seed)
-            seed = config.seed * 100 + number
-            stage = build_stage(config, name, result, seed)
-            options = EngineOptions(
-                folder,
-                seed,
-                config.log_every,
-                config.save_every,
-                config.sample_every,
-                config.keep_checkpoints,
-                config.data.workers,
-                hooks.samples,
-                _bind(hooks.on_step, name),
-                show_progress,
-            )
-            result = Engine(stage, options).run()
-    finally:
-        parallel.stop()
-    if result is None:
-        raise ValueError("the configuration has no stages: add at least one under `stages`")
+    with StopSignal() as stop:
+        parallel.start()
+        try:
+            check_marker([output / name for name in names], parallel.rank() == 0)
+            for number, name in enumerate(names):
+                if is_finished(output / name):
+                    logger.info("%s is finished already", name)
+                    result = output / name / "final"
+                    continue
+                torch.manual_seed(config.seed)
+                seed = config.seed * 100 + number
+                stage = build_stage(config, name, result, seed)
+                options = EngineOptions(
+                    output / name,
+                    seed,
+                    config.log_every,
+                    config.save_every,
+                    config.sample_every,
+                    config.keep_checkpoints,
+                    config.data.workers,
+                    hooks.samples,
+                    _bind(hooks.on_step, name),
+                    show_progress,
+                )
+                engine = Engine(stage, options, stop)
+                result = engine.run()
+                if engine.stopped and name != names[-1]:
+                    raise engine.stop_error()
+        finally:
+            parallel.stop()
+    assert result is not None
     return result
 
 
@@ -80,16 +95,13 @@ def build_stage(config: TrainConfig, name: StageName, previous: Path | None, see
         raise ValueError(f"stages.{name}.init_from: there is no folder {source_folder}")
     world_folder = Path(config.data.world) if config.data.world else None
     world = World.load(world_folder, objects=config.data.objects, styles=tuple(config.data.styles))
-    tokenizer_folder = world_folder / "tokenizer" if world_folder else ASSETS / "tokenizer"
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    model_config = build_config(config, len(tokenizer))
+    tokenizer = load_tokenizer(config)
+    model_config = build_config(config, tokenizer)
     size = settings.steps * settings.batch_size
     image_size = model_config.vision_config.image_size
     if name in ("align", "vision_tower"):
         tower_config = model_config.vision_config
-        text = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **config.text_encoder}
-        text |= {"bos_token_id": None, "eos_token_id": None, "projection_size": tower_config.hidden_size}
-        tower_config.text_encoder_config = tower_config.sub_configs["text_encoder_config"](**text)
+        tower_config.text_encoder_config = build_text_encoder_config(config, tokenizer, tower_config.hidden_size)
         tower = VisionTower.from_pretrained(source_folder) if source_folder else VisionTower(tower_config)
         pictures = ImageTextDataset(world, "train", seed, image_size, size)
         length = tower.config.text_encoder_config.max_position_embeddings
@@ -102,12 +114,10 @@ def build_stage(config: TrainConfig, name: StageName, previous: Path | None, see
     return LanguageStage(name, settings, model, samples, processor, seed)
 
 
-def build_config(config: TrainConfig, vocab_size: int) -> VilaUConfig:
-    """Return the model's configuration with the tokenizer's vocabulary size filled in."""
-    fields: dict[str, Any] = {**config.model}
-    fields["text_config"] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0} | dict(fields["text_config"])
-    fields["text_config"].setdefault("vocab_size", vocab_size)
-    return VilaUConfig(**fields)
+def load_tokenizer(config: TrainConfig) -> Any:
+    """Return the tokenizer of the configured world, the shipped one unless a folder is named."""
+    folder = Path(config.data.world) if config.data.world else ASSETS
+    return AutoTokenizer.from_pretrained(folder / "tokenizer")
 
 
 def load_language_stage(model_config: VilaUConfig, folder: Path | None) -> VilaUModel:
