@@ -1,8 +1,8 @@
 """The one shape that every data source is turned into.
 
 A :class:`Sample` is a short conversation (or one document) whose turns are made of text, pictures and films. It knows
-nothing of tokens, models or files; ``processing`` turns it into model inputs, with the supervision that its ``form`` asks
-for (VILA-U, section 3.2).
+nothing of tokens, models or files; ``processing`` turns it into model inputs, with the supervision that its ``form``
+asks for (VILA-U, section 3.2).
 """
 
 from __future__ import annotations
