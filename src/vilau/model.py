@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from vilau.checkpoints.loading import load_pretrained
 from vilau.configuration import DepthTransformerConfig, PositionKind, VilaUConfig, VisionTowerConfig
 from vilau.generation.sampling import SamplingOptions, row_seeds
 from vilau.generation.visual import Progress, generate_codes
@@ -38,6 +39,25 @@ class VilaUForConditionalGeneration(VilaUModel, GenerationMixin):
     library takes a plain `guidance_scale` for guidance of text.
     """
 
+    def __init__(self, config: VilaUConfig) -> None:
+        super().__init__(config)
+        self.generation_config._from_model_config = False  # else loading drops the visual settings that were saved
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Load from a folder of our layout or of the released one, or from a hub id of either.
+
+        Takes what the library's `from_pretrained` takes: `dtype`, `device_map`, `attn_implementation`, `revision`,
+        `token`, `cache_dir`, `local_files_only`, `subfolder`, `quantization_config` and so on.
+
+        Raises:
+            ValueError: the folder is of neither layout, a file is missing or damaged, or tensors and configuration
+                do not fit; nothing is half-loaded.
+        """
+        return load_pretrained(cls, super().from_pretrained, pretrained_model_name_or_path, args, kwargs)
+
     def forward(  # type: ignore[override]
         self,
         input_ids: torch.Tensor | None = None,
@@ -58,12 +78,16 @@ class VilaUForConditionalGeneration(VilaUModel, GenerationMixin):
             input_ids, kinds: ``(B, L)``; `kinds` may be absent for text alone.
             codes or pixel_values: the pictures in order of appearance.
             inputs_embeds: ``(B, L, H)`` in place of all of these.
+            position_ids: restarting per packed sample, without `attention_mask`; samples then do not see each other.
+            use_cache: absent, a cache is extended if one was given and none is made otherwise.
             logits_to_keep: compute logits for the last so many positions only; 0 means all.
         """
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("give input_ids or inputs_embeds")
             inputs_embeds = self.embed(input_ids, kinds, codes, pixel_values)
+        if use_cache is None:  # the library's default would make a cache, with which packed samples leak
+            use_cache = past_key_values is not None
         output = self.language_model.base_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

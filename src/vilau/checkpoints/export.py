@@ -66,6 +66,7 @@ def export_model(
     _write_json(beside / "config.json", config)
     stored = source / "generation_config.json"
     generation: dict[str, Any] = json.loads(stored.read_text()) if stored.is_file() else {}
+    generation.pop("_from_model_config", None)  # the library would drop the sampling settings when loading
     tokens = {key: config["text_config"].get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     _write_json(beside / "generation_config.json", tokens | generation | dict(sampling or {}))
     for path in source.iterdir():
