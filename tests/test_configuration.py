@@ -1,4 +1,4 @@
-"""Configurations: derived sizes, refusals that say what to do, round trips, and the paper's sizes on the meta device."""
+"""Configurations: derived sizes, refusals that say what to do, round trips, the paper's sizes on the meta device."""
 
 from __future__ import annotations
 
