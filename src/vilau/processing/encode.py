@@ -6,11 +6,14 @@ is always a prefix of the training sequence that it stands for.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from ..configuration import PositionKind
 from ..data.sample import Sample, Turn
@@ -50,6 +53,38 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
+def encode_bare_text(tokenizer: Any, text: str) -> list[int]:
+    """As ``encode_text``, but nothing is put before the text: SentencePiece's dummy prefix is the template's business.
+
+    transformers leaves that prefix out where the text begins with a blank, the released tokenizers do not.
+    """
+    if not text:
+        return []
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # lone surrogates are no text
+    return list(_without_dummy_prefix(tokenizer).encode(text, add_special_tokens=False).ids)
+
+
+@lru_cache(maxsize=8)
+def _without_dummy_prefix(tokenizer: Any) -> Tokenizer:
+    """A copy of the tokenizer's backend that adds no blank before text and treats special tokens as plain text."""
+    layout = json.loads(tokenizer.backend_tokenizer.to_str())
+    for step in _steps(layout.get("pre_tokenizer"), "pretokenizers"):
+        if step["type"] == "Metaspace":
+            step["prepend_scheme"] = "never"
+    normalizer = layout.get("normalizer")
+    if normalizer is not None:
+        kept = [step for step in _steps(normalizer, "normalizers") if step["type"] != "Prepend"]
+        layout["normalizer"] = {"type": "Sequence", "normalizers": kept}
+    bare = Tokenizer.from_str(json.dumps(layout))
+    bare.encode_special_tokens = True
+    return bare
+
+
+def _steps(stage: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    """The steps of a stage of a tokenizer's pipeline: one, or those of a sequence."""
+    return [] if stage is None else list(stage[key]) if stage["type"] == "Sequence" else [stage]
+
+
 def special_id(tokenizer: Any, token: str) -> int:
     """Id of a special token; ``ValueError`` when the tokenizer does not have it."""
     index = tokenizer.convert_tokens_to_ids(token)
@@ -81,8 +116,8 @@ def encode_sample(
     draws = sample.form in VISUAL_TARGET_FORMS
     turns = _without_user_text(sample.turns) if drop_text and draws else sample.turns
     try:
-        segments = template.render(turns)
-        return _encode(sample.id, sample.form, segments, tokenizer, positions_per_frame, draws)
+        segments = template.for_training().render(turns)
+        return _encode(sample.id, sample.form, segments, tokenizer, template, positions_per_frame, draws)
     except ValueError as error:
         raise ValueError(f"sample {sample.id}: {error}") from error
 
@@ -97,7 +132,8 @@ def encode_prompt(
 ) -> EncodedSample:
     """Encode a conversation for inference; with a ``generation_mode`` the answer is opened. Nothing is a target."""
     segments = [replace(segment, target=False) for segment in template.render(turns, generation_mode)]
-    return _encode(prompt_id, generation_mode or "text", segments, tokenizer, positions_per_frame, draws=False)
+    form = generation_mode or "text"
+    return _encode(prompt_id, form, segments, tokenizer, template, positions_per_frame, draws=False)
 
 
 def unconditional_turns() -> tuple[Turn, ...]:
@@ -113,7 +149,13 @@ def _without_user_text(turns: Sequence[Turn]) -> tuple[Turn, ...]:
 
 
 def _encode(
-    sample_id: str, form: str, segments: Sequence[Segment], tokenizer: Any, positions_per_frame: int, draws: bool
+    sample_id: str,
+    form: str,
+    segments: Sequence[Segment],
+    tokenizer: Any,
+    template: ChatTemplate,
+    positions_per_frame: int,
+    draws: bool,
 ) -> EncodedSample:
     if positions_per_frame < 1:
         raise ValueError(f"positions_per_frame is {positions_per_frame}: it must be at least 1")
@@ -122,12 +164,18 @@ def _encode(
     target: list[bool] = []
     frames: list[np.ndarray] = []
     placeholder = placeholder_id(tokenizer)
+    text_start = template.text_start
     for segment in segments:
         if segment.kind == "visual":
             new = [placeholder] * (len(segment.frames) * positions_per_frame)
             frames.extend(segment.frames)
+            text_start = template.text_start
         elif segment.kind == "special":
             new = [special_id(tokenizer, segment.text)]
+            text_start = text_start if segment.text == template.begin else ""
+        elif template.text_start:
+            new = encode_bare_text(tokenizer, text_start + segment.text)
+            text_start = ""
         else:
             new = encode_text(tokenizer, segment.text)
         ids.extend(new)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -45,10 +45,12 @@ class ChatTemplate:
 
     name: str = "vilau"
     begin: str = "<s>"
+    text_start: str = ""  # before text that opens the sequence or follows a picture: SentencePiece's dummy prefix
+    content_prefix: str = ""  # before what a user or the assistant says; a target in answers
     system_prefix: str = "<|system|>"
     system_suffix: str = ""
     user_prefix: str = "<|user|>"
-    user_suffix: str = ""
+    user_suffix: str = ""  # after a user turn that is not empty
     assistant_prefix: str = "<|assistant|>"
     assistant_suffix: str = "</s>"
     document_suffix: str = "</s>"
@@ -57,11 +59,14 @@ class ChatTemplate:
     video_prefix: str = "<video_start>"  # around a film that is shown to the model
     video_suffix: str = "<video_end>"
     frame_suffix: str = ""  # after each frame of a film that is shown to the model
+    training_image_prefix: str | None = None  # the same around a picture in training samples, where that differs
+    training_image_suffix: str | None = None
     image_start: str = "<image_start>"  # around a picture that the model draws
     image_end: str = "<image_end>"
     video_start: str = "<video_start>"  # around a film that the model draws
     video_end: str = "<video_end>"
     default_system: str = ""  # system text of conversations that bring none
+    strip_content: bool = False  # drop blanks and line ends around what a turn says, media suffixes included
     special_tokens: tuple[str, ...] = (
         "<s>",
         "</s>",
@@ -91,16 +96,30 @@ class ChatTemplate:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"unknown chat template keys {unknown}: known are {sorted(known)}")
-        wrong = sorted(key for key, value in values.items() if key != "special_tokens" and not isinstance(value, str))
+        flags, optional = {"strip_content"}, {"training_image_prefix", "training_image_suffix"}
+        words = {key: value for key, value in values.items() if key not in flags and key != "special_tokens"}
+        wrong = sorted(k for k, v in words.items() if not isinstance(v, str) and not (v is None and k in optional))
         if wrong:
             raise ValueError(f"chat template keys {wrong} must be strings")
+        if not all(isinstance(values.get(key, False), bool) for key in flags):
+            raise ValueError(f"chat template keys {sorted(flags)} must be true or false")
         return cls(**{**values, "special_tokens": tuple(values.get("special_tokens", cls().special_tokens))})
 
     def generation_prefix(self, mode: GenerationMode) -> str:
         """What opens the answer: the assistant's prefix and, to draw, the start token of a picture or film."""
         if mode not in GENERATION_MODES:
             raise ValueError(f"unknown generation_mode {mode!r}: choose one of {', '.join(GENERATION_MODES)}")
-        return self.assistant_prefix + {"text": "", "image": self.image_start, "video": self.video_start}[mode]
+        opened = {"text": "", "image": self.image_start, "video": self.video_start}[mode]
+        return self.assistant_prefix + (self.content_prefix + opened if opened else "")
+
+    def for_training(self) -> ChatTemplate:
+        """The template of training samples: the same, but for pictures where the checkpoint's training differed."""
+        prefix, suffix = self.training_image_prefix, self.training_image_suffix
+        return replace(
+            self,
+            image_prefix=self.image_prefix if prefix is None else prefix,
+            image_suffix=self.image_suffix if suffix is None else suffix,
+        )
 
     def render(self, turns: Sequence[Turn], generation_mode: GenerationMode | None = None) -> list[Segment]:
         """Conversation -> segments, with adjacent text joined.
@@ -121,13 +140,31 @@ class ChatTemplate:
             turns = (Turn(role="system", parts=(Part(kind="text", text=self.default_system),)), *turns)
         for turn in turns:
             answer = turn.role == "assistant"
+            content = self._content(turn)
             self._literal(out, getattr(self, f"{turn.role}_prefix"), target=False)
-            for part in turn.parts:
-                self._part(out, part, drawn=answer, target=answer)
-            self._literal(out, getattr(self, f"{turn.role}_suffix"), target=answer)
+            if content and turn.role != "system":
+                self._literal(out, self.content_prefix, target=answer)
+            out.extend(content)
+            if content or turn.role != "user":
+                self._literal(out, getattr(self, f"{turn.role}_suffix"), target=answer)
         if generation_mode is not None:
             self._literal(out, self.generation_prefix(generation_mode), target=False)
         return _join_text(out)
+
+    def _content(self, turn: Turn) -> list[Segment]:
+        """What a turn says, joined, and stripped if the template asks for it; empty text leaves nothing."""
+        answer = turn.role == "assistant"
+        parts: list[Segment] = []
+        for part in turn.parts:
+            self._part(parts, part, drawn=answer, target=answer)
+        content = _join_text(parts)
+        if not self.strip_content:
+            return content
+        if content and content[0].kind == "text":
+            content[0] = replace(content[0], text=content[0].text.lstrip())
+        if content and content[-1].kind == "text":
+            content[-1] = replace(content[-1], text=content[-1].text.rstrip())
+        return _join_text(content)
 
     def _literal(self, out: list[Segment], text: str, target: bool) -> None:
         for piece, special in _split(text, self.special_tokens):
@@ -152,7 +189,34 @@ class ChatTemplate:
 
 
 OURS = ChatTemplate()
-PRESETS: dict[str, ChatTemplate] = {OURS.name: OURS}
+VICUNA_V1 = ChatTemplate(
+    name="vicuna_v1",
+    text_start=" ",
+    content_prefix=" ",
+    system_prefix="",
+    system_suffix=" ",
+    user_prefix="USER:",
+    user_suffix=" ",
+    assistant_prefix="ASSISTANT:",
+    image_prefix="",
+    image_suffix="\n",
+    video_prefix="",
+    video_suffix="",
+    frame_suffix="\n",
+    training_image_prefix=" <im_start>",
+    training_image_suffix="<im_end>\n",
+    image_start="<im_start>",
+    image_end="<im_end>",
+    video_start="<vi_start>",
+    video_end="<vi_end>",
+    default_system=(
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    ),
+    strip_content=True,
+    special_tokens=("<s>", "</s>", "<im_start>", "<im_end>", "<vi_start>", "<vi_end>"),
+)  # of the released checkpoints (METHOD, section 3)
+PRESETS: dict[str, ChatTemplate] = {template.name: template for template in (OURS, VICUNA_V1)}
 
 
 def _check_turns(turns: Sequence[Turn], generation_mode: str | None) -> None:
