@@ -48,8 +48,8 @@ class VisionTowerConfig(PreTrainedConfig):
         latent_size: side of the decoder's latent map; `None` means the encoder's grid. When it differs, the quantised
             map is resized bilinearly (27 -> 24 in the released 384 px model).
         decoder_channels, decoder_multipliers, decoder_blocks, decoder_attention, decoder_latent_channels,
-        decoder_groups: the VQGAN-style convolutional decoder; every multiplier after the first is one doubling of
-            the resolution, `decoder_attention` lists resolutions with an attention block.
+        decoder_groups, decoder_dropout: the VQGAN-style convolutional decoder; every multiplier after the first is one
+            doubling of the resolution, `decoder_attention` lists resolutions with an attention block.
     """
 
     model_type = "vilau_vision_tower"
@@ -79,6 +79,7 @@ class VisionTowerConfig(PreTrainedConfig):
     decoder_attention: list[int] | tuple[int, ...] = (16,)
     decoder_latent_channels: int = 256
     decoder_groups: int = 32
+    decoder_dropout: float = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.image_encoder_config, dict):
@@ -217,6 +218,16 @@ class VilaUConfig(PreTrainedConfig):
     def hidden_size(self) -> int:
         """Width `H` of the language model."""
         return int(self.text_config.hidden_size)
+
+    @property
+    def context_length(self) -> int | None:
+        """Positions that the language model reads at once, linear or dynamic RoPE scaling included; None: no limit."""
+        limit = getattr(self.text_config, "max_position_embeddings", None)
+        if not limit:
+            return None
+        rope = getattr(self.text_config, "rope_parameters", None) or {}
+        scaled = rope.get("rope_type") in ("linear", "dynamic")
+        return int(limit * rope.get("factor", 1.0)) if scaled else int(limit)
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -178,7 +178,7 @@ class VilaUForConditionalGeneration(VilaUModel, GenerationMixin):
         if num_frames is not None and num_frames < 1:
             raise ValueError(f"num_frames is {num_frames}; it must be at least 1")
         positions = frames * self.config.vision_config.num_positions
-        limit = getattr(self.config.text_config, "max_position_embeddings", None)
+        limit = self.config.context_length
         if limit is not None and inputs_embeds.shape[1] + positions > limit:
             raise ValueError(
                 f"the prompt's {inputs_embeds.shape[1]} positions and the {positions} to generate exceed the context "

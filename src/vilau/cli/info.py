@@ -64,8 +64,6 @@ def describe(model: str | None) -> dict[str, Any]:
         config = VilaUConfig.from_pretrained(str(folder))
     except Exception as error:
         raise ValueError(f"cannot read {folder / 'config.json'}: {str(error).splitlines()[0]}") from error
-    if _json(folder / "config.json").get("model_type") != VilaUConfig.model_type:
-        raise ValueError(f"{folder} holds a model of another kind: its model_type is not {VilaUConfig.model_type!r}")
     tensors = _tensors(folder)
     counts = _parameters(tensors)
     total = sum(counts.values())
@@ -88,7 +86,7 @@ def describe(model: str | None) -> dict[str, Any]:
             "hidden_size": config.hidden_size,
             "layers": config.text_config.num_hidden_layers,
             "vocabulary": config.text_config.vocab_size,
-            "context": getattr(config.text_config, "max_position_embeddings", None),
+            "context": config.context_length,
         },
         "stored_as": sorted({STORED.get(dtype, dtype) for dtype, _ in tensors.values()}),
         "memory_mb": {name: round(total * size / 1e6, 1) for name, size in BYTES.items()},

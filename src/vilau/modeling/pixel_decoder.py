@@ -12,17 +12,18 @@ from torch.nn import functional as F
 class ResidualBlock(nn.Module):
     """Two normalised 3x3 convolutions beside a shortcut: ``(I, in, S, S)`` -> ``(I, out, S, S)``."""
 
-    def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, groups: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.dropout = nn.Dropout(dropout)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return self.shortcut(x) + h
 
 
@@ -47,10 +48,19 @@ class AttentionBlock(nn.Module):
 class UpStage(nn.Module):
     """The blocks of one resolution, then, unless it is the last, a nearest x2 upsampling with a convolution."""
 
-    def __init__(self, in_channels: int, channels: int, blocks: int, groups: int, attention: bool, up: bool) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        blocks: int,
+        groups: int,
+        attention: bool,
+        up: bool,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            ResidualBlock(in_channels if i == 0 else channels, channels, groups) for i in range(blocks)
+            ResidualBlock(in_channels if i == 0 else channels, channels, groups, dropout) for i in range(blocks)
         )
         self.attention = nn.ModuleList(AttentionBlock(channels, groups) for _ in range(blocks if attention else 0))
         self.upsample = nn.Conv2d(channels, channels, 3, padding=1) if up else None
@@ -75,6 +85,7 @@ class PixelDecoder(nn.Module):
         channels, multipliers, blocks: width per resolution, finest first; every step between two is a doubling.
         attention: resolutions (sides) with attention blocks.
         groups: groups of every GroupNorm.
+        dropout: in training, before the second convolution of every residual block.
     """
 
     def __init__(
@@ -87,6 +98,7 @@ class PixelDecoder(nn.Module):
         blocks: int,
         attention: Sequence[int],
         groups: int = 32,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.latent_side = latent_side
@@ -97,12 +109,14 @@ class PixelDecoder(nn.Module):
         top = widths[-1]
         self.conv_in = nn.Conv2d(latent_channels, top, 3, padding=1)
         self.mid = nn.Sequential(
-            ResidualBlock(top, top, groups), AttentionBlock(top, groups), ResidualBlock(top, top, groups)
+            ResidualBlock(top, top, groups, dropout),
+            AttentionBlock(top, groups),
+            ResidualBlock(top, top, groups, dropout),
         )
         self.stages = nn.ModuleList()
         width, side = top, latent_side
         for level in reversed(range(len(widths))):
-            self.stages.append(UpStage(width, widths[level], blocks + 1, groups, side in attention, up=level > 0))
+            self.stages.append(UpStage(width, widths[level], blocks + 1, groups, side in attention, level > 0, dropout))
             width, side = widths[level], side * 2
         self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
         self.conv_out = nn.Conv2d(width, 3, 3, padding=1)

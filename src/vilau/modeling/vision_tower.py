@@ -92,6 +92,7 @@ class VisionTower(PreTrainedModel):
             config.decoder_blocks,
             tuple(config.decoder_attention),
             config.decoder_groups,
+            config.decoder_dropout,
         )
         self.logit_scale = nn.Parameter(torch.full((1,), 2.3026))  # SigLIP starts at scale 10 and bias -10
         self.logit_bias = nn.Parameter(torch.full((1,), -10.0))

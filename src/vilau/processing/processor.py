@@ -317,13 +317,11 @@ def build_processor(
     tokenizer: Any, config: Any, template: ChatTemplate | Mapping[str, Any] | str = OURS
 ) -> VilaUProcessor:
     """The processor that fits a model's ``VilaUConfig``: sizes from the configuration, nothing repeated by hand."""
-    text = config.text_config
-    limit = getattr(text, "max_position_embeddings", None)
     return VilaUProcessor(
         tokenizer,
         image_size=int(config.vision_config.image_size),
         positions_per_frame=int(config.vision_config.num_positions),
         num_frames=int(config.num_frames),
-        max_length=int(limit) if limit else None,
+        max_length=config.context_length,
         template=template if isinstance(template, ChatTemplate | str) else dict(template),
     )

@@ -1,0 +1,77 @@
+"""Which layout a folder has, and how a hub id becomes a folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from vilau.checkpoints.shards import read_json
+
+Layout = Literal["ours", "released"]
+_FETCHED = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.md", "LICENSE*", "*.jinja")
+
+
+def find_layout(folder: Path) -> Layout:
+    """Return the layout of a folder.
+
+    Raises:
+        ValueError: it is neither; the message says what was expected.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}")
+    file = folder / "config.json"
+    kind = read_json(file).get("model_type") if file.is_file() else None
+    if kind == "vilau":
+        return "ours"
+    parts = [part for part in ("llm", "vision_tower", "mm_projector") if (folder / part).is_dir()]
+    if kind == "vila_u_llama" or (len(parts) == 3 and kind is None):
+        missing = sorted({"llm", "vision_tower", "mm_projector"} - set(parts))
+        if missing:
+            raise ValueError(
+                f"{folder} is a released checkpoint without {', '.join(missing)}; fetch the whole folder again"
+            )
+        return "released"
+    found = f"its model_type is {kind!r}" if file.is_file() else "it holds no config.json"
+    raise ValueError(
+        f"{folder} is not a model of a known layout: {found}. Expected our layout (config.json with model_type "
+        "'vilau', model.safetensors) or the released one (config.json with model_type 'vila_u_llama', llm/, vision_tower/, "
+        "mm_projector/)"
+    )
+
+
+def resolve(model: str | os.PathLike[str], subfolder: str = "", **hub: Any) -> Path:
+    """Return the folder of a path or a hub id.
+
+    Args:
+        model: a folder, or ``owner/name`` on the hub.
+        subfolder: of the folder or repository.
+        hub: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`, as everywhere in the library;
+            ``HF_HUB_OFFLINE`` is honoured.
+
+    Raises:
+        ValueError: no such folder, and nothing to be fetched.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path / subfolder if subfolder else path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    accepted = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+    options = {name: hub[name] for name in accepted if hub.get(name) is not None}
+    try:
+        fetched = Path(snapshot_download(str(model), allow_patterns=[*_patterns(subfolder)], **options))
+    except HFValidationError as error:
+        raise ValueError(f"{model}: there is no such folder, and a hub id looks like owner/name") from error
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        raise ValueError(
+            f"{model}: there is no such folder, and it cannot be fetched from the hub "
+            f"({lines[0] if lines else type(error).__name__})"
+        ) from error
+    return fetched / subfolder if subfolder else fetched
+
+
+def _patterns(subfolder: str) -> list[str]:
+    return [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in _FETCHED]
