@@ -53,10 +53,10 @@ def run(config: TrainConfig, hooks: Hooks = Hooks(), show_progress: bool = True)
         torch.set_num_threads(config.threads)
     output = Path(config.output)
     result: Path | None = None
+    check_marker([output / name for name in names], os.environ.get("RANK", "0") == "0")  # before any needs the others
     with StopSignal() as stop:
         parallel.start()
         try:
-            check_marker([output / name for name in names], parallel.rank() == 0)
             for number, name in enumerate(names):
                 if is_finished(output / name):
                     logger.info("%s is finished already", name)
