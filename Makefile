@@ -40,6 +40,7 @@ torture: $(STAMP)
 
 nano: $(STAMP)
 	$(BIN)/vilau train configs/nano/nano-cpu.yaml
+	$(BIN)/vilau convert --force runs/nano-cpu/sft/final runs/nano-cpu/model
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

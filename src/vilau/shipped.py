@@ -1,10 +1,13 @@
-"""Where models are: the shipped one, a folder, or a hub id. Imports nothing, so that a wrong name fails at once."""
+"""Where models are: the shipped one, a folder, or a hub id. Imports nothing heavy: a wrong name fails at once."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
+MODEL_TYPE = "vilau"
+PARTS = ("vision_config", "text_config", "depth_config")
 SHIPPED_MODEL = Path(__file__).parent / "assets" / "model"
 
 
@@ -27,8 +30,7 @@ def find_model(model: str | os.PathLike[str] | None = None) -> str | Path:
     except (OSError, ValueError):  # a name too long, or with a NUL
         is_folder = exists = False
     if is_folder:
-        if not (path / "config.json").is_file():
-            raise ValueError(f"{path} is not a model: it holds no config.json")
+        _check_folder(path)
         return path
     if exists:
         raise ValueError(f"{path} is not a model: a model is a folder with config.json and model.safetensors")
@@ -36,3 +38,20 @@ def find_model(model: str | os.PathLike[str] | None = None) -> str | Path:
     if name.count("/") != 1 or name.startswith(("/", ".", "~")) or name.endswith("/"):
         raise ValueError(f"unknown model {name!r}: there is no such folder, and a hub id looks like owner/name")
     return name
+
+
+def _check_folder(path: Path) -> None:
+    """Refuse what is no model of this kind: the library would fill the gaps with defaults of many gigabytes."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{path} is not a model: it holds no config.json")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as JSON: {error}") from error
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != MODEL_TYPE:
+        raise ValueError(f"{path} holds a model of another kind: its model_type is {kind!r} and not {MODEL_TYPE!r}")
+    missing = [part for part in PARTS if not isinstance(config.get(part), dict)]
+    if missing:
+        raise ValueError(f"{file} is not complete: it has no {', '.join(missing)}")

@@ -60,6 +60,8 @@ def test_things_that_are_no_model(cli, tmp_path: Path) -> None:
     [
         ("config.json", b"{"),
         ("config.json", b'{"model_type": "bert"}'),
+        ("config.json", b'{"model_type": "vilau", "vision_config": {}}'),
+        ("config.json", b"[]"),
         ("model.safetensors", None),
         ("model.safetensors", b"short"),
         ("model.safetensors", b"\xff" * 64),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -159,7 +160,7 @@ class _Sheet:
         """Write wrapped words and return the height they took."""
         font = ImageFont.load_default(size)
         top = y
-        for line in _wrap(words, font, width)[:lines]:
+        for line in _wrap(words, font, width, lines):
             self.pen.text((x, y), line, font=font, fill=colour)
             y += round(size * 1.3)
         return y - top
@@ -239,16 +240,19 @@ def _said_cell(out: _Sheet, x: int, y: int, width: int, item: Item) -> int:
     return max(side, top - y)
 
 
-def _wrap(words: str, font: Any, width: int) -> list[str]:
-    lines: list[str] = []
-    for word in words.split():
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and font.getlength(longer) <= width:
-            lines[-1] = longer
+def _wrap(words: str, font: Any, width: int, lines: int) -> list[str]:
+    """The first ``lines`` lines of a text; words too long for a line are cut. Costs the same however long the text."""
+    found: list[str] = []
+    for word in words[: lines * width].split():  # no letter is narrower than a pixel
+        longer = f"{found[-1]} {word}" if found else word
+        if found and font.getlength(longer) <= width:
+            found[-1] = longer
             continue
-        while len(word) > 1 and font.getlength(word) > width:
-            cut = next(size for size in range(len(word), 0, -1) if size == 1 or font.getlength(word[:size]) <= width)
-            lines.append(word[:cut])
-            word = word[cut:]
-        lines.append(word)
-    return lines
+        rest = word
+        while rest and len(found) <= lines:
+            cut = bisect_right(range(2, len(rest) + 1), width, key=lambda size, rest=rest: font.getlength(rest[:size]))
+            found.append(rest[: cut + 1])
+            rest = rest[cut + 1 :]
+        if len(found) > lines:
+            break
+    return found[:lines]
