@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from vilau.checkpoints.shards import read_json
 
 Layout = Literal["ours", "released"]
-_FETCHED = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.md", "LICENSE*", "*.jinja")
+HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+PROCESSOR_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.md", "LICENSE*", "*.jinja")
 
 
 def find_layout(folder: Path) -> Layout:
@@ -35,17 +38,18 @@ def find_layout(folder: Path) -> Layout:
     found = f"its model_type is {kind!r}" if file.is_file() else "it holds no config.json"
     raise ValueError(
         f"{folder} is not a model of a known layout: {found}. Expected our layout (config.json with model_type "
-        "'vilau', model.safetensors) or the released one (config.json with model_type 'vila_u_llama', llm/, vision_tower/, "
-        "mm_projector/)"
+        "'vilau', model.safetensors) or the released one (config.json with model_type 'vila_u_llama', llm/, "
+        "vision_tower/, mm_projector/)"
     )
 
 
-def resolve(model: str | os.PathLike[str], subfolder: str = "", **hub: Any) -> Path:
+def resolve(model: str | os.PathLike[str], subfolder: str = "", files: Sequence[str] = MODEL_FILES, **hub: Any) -> Path:
     """Return the folder of a path or a hub id.
 
     Args:
         model: a folder, or ``owner/name`` on the hub.
         subfolder: of the folder or repository.
+        files: patterns of what is fetched.
         hub: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`, as everywhere in the library;
             ``HF_HUB_OFFLINE`` is honoured.
 
@@ -58,10 +62,10 @@ def resolve(model: str | os.PathLike[str], subfolder: str = "", **hub: Any) -> P
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    accepted = ("revision", "token", "cache_dir", "force_download", "local_files_only")
-    options = {name: hub[name] for name in accepted if hub.get(name) is not None}
+    options = {name: hub[name] for name in HUB_OPTIONS if hub.get(name) is not None}
+    patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in files]
     try:
-        fetched = Path(snapshot_download(str(model), allow_patterns=[*_patterns(subfolder)], **options))
+        fetched = Path(snapshot_download(str(model), allow_patterns=patterns, **options))
     except HFValidationError as error:
         raise ValueError(f"{model}: there is no such folder, and a hub id looks like owner/name") from error
     except Exception as error:
@@ -71,7 +75,3 @@ def resolve(model: str | os.PathLike[str], subfolder: str = "", **hub: Any) -> P
             f"({lines[0] if lines else type(error).__name__})"
         ) from error
     return fetched / subfolder if subfolder else fetched
-
-
-def _patterns(subfolder: str) -> list[str]:
-    return [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in _FETCHED]

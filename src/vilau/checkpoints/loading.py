@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vilau.checkpoints.layout import find_layout, resolve
+from vilau.checkpoints.layout import HUB_OPTIONS, find_layout, resolve
 from vilau.checkpoints.released import ReleasedCheckpoint
 from vilau.checkpoints.shards import listed, open_weights, read_json
 
@@ -17,7 +17,6 @@ RELEASED_SAMPLING = {  # what the reference draws with
     "visual_top_k": 900,
     "visual_top_p": 0.96,
 }
-_HUB = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
 def load_pretrained(
@@ -36,11 +35,11 @@ def load_pretrained(
     """
     if name is None or kwargs.get("gguf_file") is not None:
         return library(name, *args, **kwargs)
-    hub = {key: kwargs[key] for key in _HUB if key in kwargs}
+    hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
     folder = resolve(name, kwargs.get("subfolder") or "", **hub)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         return library(name, *args, **kwargs)  # an adapter: the library finds its base model
-    kwargs = {key: value for key, value in kwargs.items() if key not in (*_HUB, "subfolder")}
+    kwargs = {key: value for key, value in kwargs.items() if key not in (*HUB_OPTIONS, "subfolder")}
     if find_layout(folder) == "released":
         return _load_released(library, folder, args, kwargs)
     return _load_ours(library, folder, args, kwargs)

@@ -43,9 +43,9 @@ LEFTOVERS = words(  # of the reference's training and data code; they do not cha
     max_tiles min_tiles mm_hidden_size mm_projector mm_projector_lr mm_projector_type mm_use_im_patch_token
     mm_use_im_start_end mm_use_vi_start_end mm_vision_select_feature mm_vision_select_layer model_dtype model_max_length
     model_name_or_path num_time_tokens num_video_frames resume resume_path s2 s2_max_split_size
-    s2_resize_output_to_scale_idx s2_scales soft_ce_std time_token_format time_token_ids tokenizer_model_max_length tokenizer_padding_side
-    tune_language_model tune_mm_projector tune_vision_tower use_im_start_end use_vi_start_end version vision_resolution
-    vision_tower vision_tower_lr"""
+    s2_resize_output_to_scale_idx s2_scales soft_ce_std time_token_format time_token_ids tokenizer_model_max_length
+    tokenizer_padding_side tune_language_model tune_mm_projector tune_vision_tower use_im_start_end use_vi_start_end
+    version vision_resolution vision_tower vision_tower_lr"""
 )
 LLM_LEFTOVERS = ("model_max_length", "tokenizer_model_max_length", "tokenizer_padding_side", "_name_or_path")
 
@@ -285,8 +285,10 @@ def _siglip_fields(fields: Mapping[str, Any], kind: str) -> dict[str, Any]:
     from transformers import SiglipTextConfig, SiglipVisionConfig
 
     fields = {name: value for name, value in fields.items() if name not in ("model_type", "transformers_version")}
-    built = (SiglipVisionConfig if kind == "siglip_vision_model" else SiglipTextConfig)(**fields)
-    return dict(built.to_dict())
+    if kind == "siglip_vision_model":
+        return dict(SiglipVisionConfig(**fields).to_dict())
+    tokens = {"bos_token_id": None, "eos_token_id": None}  # the library's defaults lie outside SigLIP's vocabulary
+    return dict(SiglipTextConfig(**(tokens | fields)).to_dict())
 
 
 def _from_hub(name: str, local: Path, where: str) -> tuple[dict[str, Any], dict[str, Any]]:

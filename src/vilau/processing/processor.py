@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -100,12 +99,22 @@ class VilaUProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> VilaUProcessor:
-        """Load from a folder or a hub id. ``ValueError`` names the file that is missing or the setting that is
-        unknown."""
-        folder = Path(pretrained_model_name_or_path)
-        if folder.is_dir() and not (folder / kwargs.get("subfolder", "") / "processor_config.json").is_file():
+        """Load from a folder of our layout or of the released one, or from a hub id of either.
+
+        ``ValueError`` names the file that is missing or the setting that is unknown.
+        """
+        from ..checkpoints.layout import HUB_OPTIONS, PROCESSOR_FILES, find_layout, resolve
+
+        hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        subfolder = kwargs.pop("subfolder", None) or ""
+        folder = resolve(pretrained_model_name_or_path, subfolder, PROCESSOR_FILES, **hub)
+        if (folder / "config.json").is_file() and find_layout(folder) == "released":
+            from ..checkpoints.released_processor import load_released_processor
+
+            return load_released_processor(folder)
+        if not (folder / "processor_config.json").is_file():
             raise ValueError(f"{folder} holds no processor_config.json: it is not a folder that save_pretrained wrote")
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        return super().from_pretrained(str(folder), *args, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON values."""
