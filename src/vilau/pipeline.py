@@ -18,6 +18,7 @@ from PIL import Image
 
 from vilau.model import VilaUForConditionalGeneration
 from vilau.processing.processor import VilaUProcessor
+from vilau.processing.templates import GenerationMode
 from vilau.processing.videos import media_kind
 from vilau.shipped import find_model
 
@@ -92,7 +93,12 @@ class Pipeline:
         return self.processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
 
     def _generate(
-        self, mode: str, messages: list[dict[str, Any]], n: int, progress: Progress | None, sampling: dict[str, Any]
+        self,
+        mode: GenerationMode,
+        messages: list[dict[str, Any]],
+        n: int,
+        progress: Progress | None,
+        sampling: dict[str, Any],
     ) -> Any:
         if n < 1:
             raise ValueError(f"n is {n}: it must be at least 1")

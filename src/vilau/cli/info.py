@@ -67,7 +67,8 @@ def describe(model: str | None) -> dict[str, Any]:
     tensors = _tensors(folder)
     counts = _parameters(tensors)
     total = sum(counts.values())
-    vision = config.vision_config
+    vision: Any = config.vision_config
+    language: Any = config.text_config
     processor = folder / "processor_config.json"
     template = _json(processor).get("template") if processor.is_file() else None
     return {
@@ -82,10 +83,10 @@ def describe(model: str | None) -> dict[str, Any]:
             "codebook_size": vision.codebook_size,
             "code_width": vision.code_width,
             "frames_per_video": config.num_frames,
-            "language_model": config.text_config.model_type,
+            "language_model": language.model_type,
             "hidden_size": config.hidden_size,
-            "layers": config.text_config.num_hidden_layers,
-            "vocabulary": config.text_config.vocab_size,
+            "layers": language.num_hidden_layers,
+            "vocabulary": language.vocab_size,
             "context": config.context_length,
         },
         "stored_as": sorted({STORED.get(dtype, dtype) for dtype, _ in tensors.values()}),
