@@ -13,7 +13,7 @@ from pathlib import Path
 import typer
 
 from vilau import __version__
-from vilau.cli import ask, convert, data, demo, evaluate, generate, info
+from vilau.cli import ask, convert, data, demo, evaluate, generate, info, parity
 from vilau.cli.common import one_line
 
 INTERRUPTED = 130
@@ -64,6 +64,7 @@ app.add_typer(data.app, name="data")
 app.command("convert")(convert.convert)
 app.command("info")(info.info)
 app.command("eval")(evaluate.evaluate)
+app.command("parity")(parity.parity)
 app.command("demo")(demo.demo)
 
 
