@@ -136,7 +136,7 @@ def _pictures(pipeline: Pipeline, world: World, draw: Draw, seed: int, used: set
     planned.append(scenes.relation(one, "left of", other, draw.among(world.colours)))
     for number, scene in enumerate(planned):
         words = texts.caption(scene, world)
-        drawn, seconds = timed(lambda words=words, number=number: pipeline.draw(words, seed=seed + number))
+        drawn, seconds = timed(pipeline.draw, words, seed=seed + number)
         yield Item("picture", words, made=drawn, seconds=seconds)
 
 
@@ -147,7 +147,7 @@ def _films(pipeline: Pipeline, world: World, draw: Draw, seed: int, used: set[st
     motions = ("right", "up", "growing", "left")
     for number, ((name, colour), motion) in enumerate(zip(_different(world, draw, 4, used), motions, strict=True)):
         words = texts.film_caption(Film(colour, name, motion))
-        films, seconds = timed(lambda words=words, number=number: pipeline.film(words, seed=seed + number))
+        films, seconds = timed(pipeline.film, words, seed=seed + number)
         yield Item("film", words, made=films[0], seconds=seconds)
 
 
@@ -160,13 +160,13 @@ def _descriptions(pipeline: Pipeline, world: World, draw: Draw) -> Iterator[Item
     planned += [scenes.count(name, 3, colour) for name, colour in _different(world, draw, 1, used)]
     for scene in planned:
         shown = _render(scene, world, pipeline)
-        said, seconds = timed(lambda shown=shown: pipeline.ask(shown))
+        said, seconds = timed(pipeline.ask, shown)
         yield Item("description", "", [shown], answer=said, wanted=texts.caption(scene, world), seconds=seconds)
     ((name, colour),) = _different(world, draw, 1, used)
     film = Film(colour, name, "down")
     processor = pipeline.processor
     frames = _pil(render_film(film, world, processor.image_size, processor.num_frames))
-    said, seconds = timed(lambda: pipeline.ask([frames]))
+    said, seconds = timed(pipeline.ask, [frames])
     yield Item("description", "", [frames], answer=said, wanted=texts.film_caption(film), seconds=seconds)
 
 
@@ -182,14 +182,14 @@ def _answers(pipeline: Pipeline, world: World, draw: Draw) -> Iterator[Item]:
     for scene in planned:
         asked = questions.ask(scene, world, draw)
         shown = _render(scene, world, pipeline)
-        said, seconds = timed(lambda shown=shown, asked=asked: pipeline.ask(shown, asked.question))
+        said, seconds = timed(pipeline.ask, shown, asked.question)
         yield Item("answer", asked.question, [shown], answer=said, wanted=asked.answer, seconds=seconds)
     ((name, colour),) = _different(world, draw, 1, used)
     film = Film(colour, name, "left")
     asked = questions.ask_film(film, world, draw)
     processor = pipeline.processor
     frames = _pil(render_film(film, world, processor.image_size, processor.num_frames))
-    said, seconds = timed(lambda: pipeline.ask([frames], asked.question))
+    said, seconds = timed(pipeline.ask, [frames], asked.question)
     yield Item("answer", asked.question, [frames], answer=said, wanted=asked.answer, seconds=seconds)
 
 
@@ -199,7 +199,7 @@ def _easy_vqa(pipeline: Pipeline, draw: Draw) -> Iterator[Item]:
     easy = EasyVqa("test", pipeline.processor.image_size)
     for question, answer, number in draw.some(easy.questions, 6):
         shown = _pil([easy.picture(number)])
-        said, seconds = timed(lambda shown=shown, question=question: pipeline.ask(shown, question))
+        said, seconds = timed(pipeline.ask, shown, question)
         yield Item("easy_vqa", question, [shown], answer=said, wanted=answer, seconds=seconds)
 
 
@@ -212,7 +212,7 @@ def _chat(pipeline: Pipeline, world: World, draw: Draw) -> Iterator[Item]:
         if question in asked:
             continue
         asked.add(question)
-        said, seconds = timed(lambda question=question: pipeline.ask((), question))
+        said, seconds = timed(pipeline.ask, (), question)
         yield Item("chat", question, answer=said, wanted=answer, seconds=seconds)
 
 
@@ -245,10 +245,10 @@ def _pil(frames: Any) -> list[Image.Image]:
     return [Image.fromarray(frame) for frame in frames]
 
 
-def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    """What the work gives, and the seconds it took."""
+def timed(work: Callable[..., Any], *arguments: Any, **named: Any) -> tuple[Any, float]:
+    """What the work gives for these arguments, and the seconds it took."""
     start = time.perf_counter()
-    result = work()
+    result = work(*arguments, **named)
     return result, time.perf_counter() - start
 
 

@@ -250,9 +250,22 @@ def _wrap(words: str, font: Any, width: int, lines: int) -> list[str]:
             continue
         rest = word
         while rest and len(found) <= lines:
-            cut = bisect_right(range(2, len(rest) + 1), width, key=lambda size, rest=rest: font.getlength(rest[:size]))
-            found.append(rest[: cut + 1])
-            rest = rest[cut + 1 :]
+            cut = bisect_right(_Lengths(font, rest), width) or 1
+            found.append(rest[:cut])
+            rest = rest[cut:]
         if len(found) > lines:
             break
     return found[:lines]
+
+
+class _Lengths(Sequence[float]):
+    """Widths in pixels of the first 1, 2, 3 ... letters of a word, measured when asked for."""
+
+    def __init__(self, font: Any, word: str) -> None:
+        self.font, self.word = font, word
+
+    def __len__(self) -> int:
+        return len(self.word)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.font.getlength(self.word[: index + 1])
