@@ -132,7 +132,7 @@ def train_judge(
         towers: folders of finished vision towers (two or more), none of which will be judged.
         judged: towers on which the finished judge is measured as well; it never learns from them.
         progress: called with lines for people.
-        measured: pictures of the mixture that the finished judge is measured on.
+        measured: at most about so many pictures of each set on which the finished judge is measured.
 
     Raises:
         ValueError: fewer than two towers, twice the same, or one of another image size.
@@ -237,6 +237,7 @@ def measure(
     combinations as each tower reconstructs them.
     """
     middle = canonical(world, recipe)
+    middle = middle.take(np.arange(0, len(middle.pixels), max(1, len(middle.pixels) // number)))
     mixture = real(world, recipe, _stream(seed, 90, number))
     worse = [degrade(pixels, Draw(seed, 103, row), 1.0) for row, pixels in enumerate(mixture.pixels)]
     sets = {

@@ -19,6 +19,7 @@ from vilau.evaluation.parity.tower import centre
 from vilau.generation.guidance import guided_logits
 from vilau.generation.sampling import SamplingOptions, row_seeds
 from vilau.generation.visual import generate_codes
+from vilau.processing.templates import GenerationMode
 
 _CHUNK = 256  # positions whose logits are held at once
 
@@ -49,7 +50,7 @@ class Drawing:
         return int(found[1]) if found else 1
 
     @property
-    def mode(self) -> str:
+    def mode(self) -> GenerationMode:
         """As our processor calls it."""
         return "video" if self.video else "image"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from PIL import Image
@@ -44,7 +45,7 @@ def greedy(subject: Subject, found: re.Match[str]) -> Outcome:
     pictures = sum(part.kind == "image" for part in turns[0].parts)
     words = " ".join(part.text for part in turns[0].parts if part.kind == "text")
     if pictures > 1:
-        medium = {"type": "video", "video": [_picture(path) for path in subject.golden.film]}
+        medium: dict[str, Any] = {"type": "video", "video": [_picture(path) for path in subject.golden.film]}
     else:
         medium = {"type": "image", "image": subject.golden.picture("a")}
     message = {"role": "user", "content": [medium, {"type": "text", "text": words}]}

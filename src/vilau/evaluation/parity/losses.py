@@ -84,7 +84,7 @@ def loss(subject: Subject, found: re.Match[str]) -> Outcome:
 def labels(subject: Subject, found: re.Match[str]) -> Outcome:
     """Labels after expansion in the reference's numbering: ``(B, L, D)``, or those of one depth."""
     batch, codes = _batch(subject, _samples(subject, found["case"]))
-    config = subject.model.config
+    config = subject.config
     depth, offset = config.vision_config.depth, config.text_config.vocab_size
     text = batch.input_ids.masked_fill(~batch.text_targets, IGNORED)
     expanded = text.unsqueeze(-1).repeat(1, 1, depth)
@@ -122,7 +122,7 @@ def gradient_norms(subject: Subject, case: str) -> tuple[torch.Tensor, Outcome]:
 
 
 def _released(subject: Subject, name: str) -> str | None:
-    return to_released(name, len(subject.model.config.vision_config.decoder_multipliers))
+    return to_released(name, len(subject.config.vision_config.decoder_multipliers))
 
 
 def _part_key(reference: str) -> str:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,19 +41,24 @@ class Subject:
         self.processor = VilaUProcessor.from_pretrained(golden.checkpoint)
 
     @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self.model.config
+
+    @property
     def size(self) -> int:
         """Side of the pictures, pixels."""
-        return self.model.config.vision_config.image_size
+        return self.config.vision_config.image_size
 
     @property
     def positions(self) -> int:
         """Positions of one picture, `P`."""
-        return self.model.config.vision_config.num_positions
+        return self.config.vision_config.num_positions
 
     @property
     def grid(self) -> int:
         """Positions per side."""
-        return self.model.config.vision_config.grid
+        return self.config.vision_config.grid
 
     def pixel_values(self, frames: Sequence[np.ndarray]) -> torch.Tensor:
         """Frames ``(S, S, 3)`` uint8 -> ``(F, 3, S, S)``."""
@@ -67,7 +73,7 @@ class Subject:
     def film_paths(self) -> list[Path]:
         """The frames of the film that the model sees, by our rule ``round(linspace(0, n - 1, frames))``."""
         every = self.golden.film
-        chosen = np.rint(np.linspace(0, len(every) - 1, self.model.config.num_frames)).astype(int)
+        chosen = np.rint(np.linspace(0, len(every) - 1, self.config.num_frames)).astype(int)
         return [every[index] for index in chosen]
 
     @cached_property

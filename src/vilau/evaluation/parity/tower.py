@@ -36,7 +36,7 @@ def projector(subject: Subject, found: re.Match[str]) -> Outcome:
 def tokens(subject: Subject, found: re.Match[str]) -> Outcome:
     """Codes in the reference's numbering, first positions."""
     kept = subject.golden.expected(found[0]).shape[1]
-    offset = subject.model.config.text_config.vocab_size
+    offset = subject.config.text_config.vocab_size
     return Outcome(subject.codes[:, :kept] + offset, "equal", True, "codes counted from the vocabulary's end")
 
 
