@@ -8,6 +8,8 @@ from pathlib import Path
 
 MODEL_TYPE = "vilau"
 PARTS = ("vision_config", "text_config", "depth_config")
+RELEASED_TYPE = "vila_u_llama"  # the layout that VILA-U's authors publish
+RELEASED_PARTS = ("llm", "vision_tower", "mm_projector")
 SHIPPED_MODEL = Path(__file__).parent / "assets" / "model"
 
 
@@ -50,6 +52,13 @@ def _check_folder(path: Path) -> None:
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read as JSON: {error}") from error
     kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind == RELEASED_TYPE:
+        absent = [part for part in RELEASED_PARTS if not (path / part).is_dir()]
+        if absent:
+            raise ValueError(
+                f"{path} is a released checkpoint without {', '.join(absent)}: fetch the whole folder again"
+            )
+        return
     if kind != MODEL_TYPE:
         raise ValueError(f"{path} holds a model of another kind: its model_type is {kind!r} and not {MODEL_TYPE!r}")
     missing = [part for part in PARTS if not isinstance(config.get(part), dict)]

@@ -1,4 +1,4 @@
-"""`vilau convert`: from a finished training stage to a model folder for users."""
+"""`vilau convert`: between the released layout and ours, and from a finished training stage to a model folder."""
 
 from __future__ import annotations
 
@@ -10,20 +10,61 @@ from vilau.cli.common import within
 
 
 def convert(
-    source: Path = typer.Argument(..., metavar="SRC", help="The `final` folder of stage pretrain or sft."),
-    target: Path = typer.Argument(..., metavar="DST", help="The new model folder."),
-    dtype: str = typer.Option("bfloat16", help="How weights are stored: float32, bfloat16, float16."),
-    guidance_scale: float | None = typer.Option(
-        None, callback=within(0, 100), help="Default guidance of pictures and films."
+    source: Path = typer.Argument(
+        ...,
+        metavar="SRC",
+        help="A released checkpoint, a model folder, or the `final` folder of stage pretrain or sft.",
     ),
-    temperature: float | None = typer.Option(None, callback=within(0, 100), help="Default temperature of codes."),
-    card: Path | None = typer.Option(None, help="A Markdown file that becomes the model card."),
+    target: Path = typer.Argument(..., metavar="DST", help="The new model folder."),
+    to: str = typer.Option("ours", help="The layout of DST: ours or released."),
+    dtype: str | None = typer.Option(
+        None, help="How weights are stored: float32, bfloat16, float16. As in SRC if absent; bfloat16 from training."
+    ),
+    guidance_scale: float | None = typer.Option(
+        None, callback=within(0, 100), help="Default guidance of pictures and films (from training)."
+    ),
+    temperature: float | None = typer.Option(
+        None, callback=within(0, 100), help="Default temperature of codes (from training)."
+    ),
+    card: Path | None = typer.Option(None, help="A Markdown file that becomes the model card (from training)."),
     force: bool = typer.Option(False, "--force", help="Replace DST if it exists."),
 ) -> None:
-    """Store the weights in half precision (the codebook in float32) with everything that loading needs."""
-    from vilau.checkpoints.export import export_model
+    """Convert a checkpoint, tensor by tensor; an interrupted conversion goes on where it stopped.
+
+    From a training result: weights in half precision, the codebook in float32, with everything that loading needs.
+    """
+    if to not in ("ours", "released"):
+        raise ValueError(f"--to is {to!r}; it must be ours or released")
+    from vilau.checkpoints.layout import find_layout
 
     given = {"visual_guidance_scale": guidance_scale, "visual_temperature": temperature}
     sampling = {name: value for name, value in given.items() if value is not None}
-    text = card.read_text(encoding="utf-8") if card is not None else None
-    typer.echo(str(export_model(source, target, dtype, sampling, text, force)))
+    if to == "ours" and find_layout(source) == "ours":
+        from vilau.checkpoints.export import export_model
+
+        text = card.read_text(encoding="utf-8") if card is not None else None
+        typer.echo(str(export_model(source, target, dtype or "bfloat16", sampling, text, force)))
+        return
+    if sampling or card is not None:
+        raise ValueError("--guidance-scale, --temperature and --card belong to the conversion of a training result")
+    typer.echo(str(_between_layouts(source, target, to, dtype, force)))
+
+
+def _between_layouts(source: Path, target: Path, to: str, dtype: str | None, force: bool) -> Path:
+    """Convert with a progress bar on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    from vilau.checkpoints.convert import convert as run
+    from vilau.checkpoints.convert import partial_folder
+    from vilau.cli.common import quiet_libraries
+
+    quiet_libraries()
+    console = Console(stderr=True)
+    if partial_folder(target).is_dir():
+        console.print(f"an earlier conversion to {target} was interrupted; what fits is used", highlight=False)
+    columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=console) as bar:
+        task = bar.add_task("convert", total=None)
+        return run(source, target, to, dtype, force, lambda done, total: bar.update(task, completed=done, total=total))

@@ -33,6 +33,7 @@ PARTS = {  # where a tensor's name belongs, tried in this order
     "language_model": ("language_model",),
     "depth_transformer": ("depth_transformer",),
 }
+LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
 STATISTICS = ("ema_count", "ema_sum", "initialised")  # of the quantizer's learning; no parameters
 
 
@@ -58,19 +59,11 @@ def describe(model: str | None) -> dict[str, Any]:
     quiet_libraries()
     if not isinstance(folder, Path):
         folder = _fetch(folder)
-    from vilau.configuration import VilaUConfig
-
-    try:
-        config = VilaUConfig.from_pretrained(str(folder))
-    except Exception as error:
-        raise ValueError(f"cannot read {folder / 'config.json'}: {str(error).splitlines()[0]}") from error
-    tensors = _tensors(folder)
+    config, tensors, template = _read_released(folder) if _is_released(folder) else _read_ours(folder)
     counts = _parameters(tensors)
     total = sum(counts.values())
     vision: Any = config.vision_config
     language: Any = config.text_config
-    processor = folder / "processor_config.json"
-    template = _json(processor).get("template") if processor.is_file() else None
     return {
         "model": shown_model(model),
         "folder": str(folder),
@@ -93,7 +86,43 @@ def describe(model: str | None) -> dict[str, Any]:
         "memory_mb": {name: round(total * size / 1e6, 1) for name, size in BYTES.items()},
         "template": template.get("name", "own") if isinstance(template, dict) else template,
         "licence": _licence(folder),
+        "licence_file": next((name for name in LICENCE_FILES if (folder / name).is_file()), None),
+        "layout": "released" if _is_released(folder) else "ours",
     }
+
+
+Tensors = dict[str, tuple[str, list[int]]]
+
+
+def _is_released(folder: Path) -> bool:
+    return _json(folder / "config.json").get("model_type") == "vila_u_llama"
+
+
+def _read_ours(folder: Path) -> tuple[Any, Tensors, Any]:
+    """Configuration, tensors and template of a folder of our layout."""
+    from vilau.configuration import VilaUConfig
+
+    try:
+        config = VilaUConfig.from_pretrained(str(folder))
+    except Exception as error:
+        raise ValueError(f"cannot read {folder / 'config.json'}: {str(error).splitlines()[0]}") from error
+    processor = folder / "processor_config.json"
+    return config, _tensors(folder), _json(processor).get("template") if processor.is_file() else None
+
+
+def _read_released(folder: Path) -> tuple[Any, Tensors, Any]:
+    """The same of the released layout, under our names; the weights are checked on the way."""
+    from vilau.checkpoints.released import ReleasedCheckpoint
+    from vilau.checkpoints.released_processor import TEMPLATE
+    from vilau.checkpoints.shards import NAMES
+
+    checkpoint = ReleasedCheckpoint(folder)
+    facts: Tensors = {}
+    for name, shape in checkpoint.shapes.items():
+        sources = checkpoint.plan.sources[name]
+        dtype = checkpoint.released[sources[0]].dtype if sources else checkpoint.dtype(name)
+        facts[name] = (NAMES[dtype], list(shape))
+    return checkpoint.config, facts, TEMPLATE
 
 
 def table(facts: dict[str, Any]) -> list[str]:
@@ -118,7 +147,8 @@ def table(facts: dict[str, Any]) -> list[str]:
         ("stored as", ", ".join(facts["stored_as"])),
         ("memory", ", ".join(f"{size:g} MB in {name}" for name, size in facts["memory_mb"].items())),
         ("template", str(facts["template"])),
-        ("licence", str(facts["licence"])),
+        ("licence", ", ".join(str(facts[key]) for key in ("licence", "licence_file") if facts[key])),
+        ("layout", facts["layout"]),
     ]
     return [f"{name:<18} {value}".rstrip() for name, value in rows]
 
