@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vilau.data.sample import Part, Turn
-from vilau.processing.templates import OURS, ChatTemplate
+from vilau.processing.templates import OURS, VICUNA_V1, ChatTemplate
 
 FRAME = np.zeros((4, 4, 3), np.uint8)
 
@@ -70,3 +70,38 @@ def test_turn_order_is_checked() -> None:
         OURS.render((document,), "text")
     with pytest.raises(ValueError, match="unknown generation_mode 'sound'"):
         OURS.render((user,), "sound")  # type: ignore[arg-type]
+
+
+def test_released_prompts_are_vicunas() -> None:
+    """Released checkpoints were trained on exactly these strings: an empty message, blanks and line ends included."""
+    user = Turn("user", (Part("image", frames=(FRAME,)), Part("text", text=" who? ")))
+    answer = Turn("assistant", (Part("text", text="me"),))
+    system = VICUNA_V1.default_system
+    assert layout(VICUNA_V1, user, answer, user, mode="text") == [
+        "<s>", f"{system} USER: ", "<1 frames>", "\n who? ASSISTANT:", " me", "</s>",
+        "USER: ", "<1 frames>", "\n who? ASSISTANT:"
+    ]  # fmt: skip
+    assert layout(VICUNA_V1, Turn("user", ()), mode="image") == ["<s>", f"{system} USER:ASSISTANT: ", "<im_start>"]
+    assert layout(VICUNA_V1, Turn("system", ()), Turn("user", ()), mode="text") == ["<s>", " USER:ASSISTANT:"]
+
+
+def test_released_training_samples_wrap_pictures() -> None:
+    """Pictures stand between start and end tokens in training only; what an answer draws does in both."""
+    question = Turn("user", (Part("text", text="colour?\n"), Part("image", frames=(FRAME,))))
+    drawing = Turn("assistant", (Part("image", frames=(FRAME,)),))
+    trained = VICUNA_V1.for_training().render((question, drawing))
+    assert [segment.text or "picture" for segment in trained[2:]] == [
+        "<im_start>", "picture", "<im_end>", " ASSISTANT:", " ", "<im_start>", "picture", "<im_end>", "</s>"
+    ]  # fmt: skip
+    assert [segment.target for segment in trained[-5:]] == [True] * 5  # the blank before <im_start> too
+    assert OURS.for_training() == OURS
+
+
+def test_flags_and_optional_strings_survive_a_file() -> None:
+    """The released preset survives a file; wrong types are refused."""
+    assert ChatTemplate.from_dict(json.loads(json.dumps(VICUNA_V1.to_dict()))) == VICUNA_V1
+    assert ChatTemplate.from_dict("vicuna_v1") is VICUNA_V1
+    with pytest.raises(ValueError, match="true or false"):
+        ChatTemplate.from_dict({"strip_content": "yes"})
+    with pytest.raises(ValueError, match="must be strings"):
+        ChatTemplate.from_dict({"begin": None})
