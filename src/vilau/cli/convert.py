@@ -13,7 +13,7 @@ def convert(
     source: Path = typer.Argument(
         ...,
         metavar="SRC",
-        help="A released checkpoint, a model folder, or the `final` folder of stage pretrain or sft.",
+        help="A released checkpoint, a model folder, or the `final` folder of a training stage.",
     ),
     target: Path = typer.Argument(..., metavar="DST", help="The new model folder."),
     to: str = typer.Option("ours", help="The layout of DST: ours or released."),

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from vilau.configuration import VilaUConfig
+from vilau.configuration import PositionKind, VilaUConfig
 from vilau.modeling.depth_transformer import DepthTransformer
 from vilau.modeling.sequence import check_sequence, find_targets, splice
 from vilau.modeling.vision_tower import VisionTower
@@ -34,6 +34,23 @@ class VilaULosses:
         if not parts:
             raise ValueError("the batch supervises no position: set text_targets or visual_targets")
         return torch.stack(parts).sum()
+
+
+@dataclass(frozen=True)
+class VilaUScores:
+    """Log-likelihoods in nats, per position of a batch; zero where nothing was asked.
+
+    `text` (B, L) and `text_mask` (B, L) bool; `visual` (B, L, D), one value per code, and `visual_mask` (B, L) bool.
+    """
+
+    text: torch.Tensor
+    visual: torch.Tensor
+    text_mask: torch.Tensor
+    visual_mask: torch.Tensor
+
+    def total(self) -> torch.Tensor:
+        """Return the log-likelihood ``(B,)`` of everything that was asked of each row."""
+        return self.text.sum(1) + self.visual.sum((1, 2))
 
 
 class Projector(nn.Module):
@@ -177,6 +194,42 @@ class VilaUModel(PreTrainedModel):
             visual = F.cross_entropy(depth_logits.float().flatten(0, 1), chosen.flatten(), reduction="none")
             visual = visual.unflatten(0, chosen.shape)
         return VilaULosses(text, visual, targets.text_at, targets.visual_at)
+
+    @torch.no_grad()
+    def score(
+        self,
+        input_ids: torch.Tensor,
+        kinds: torch.Tensor,
+        text_targets: torch.Tensor | None = None,
+        visual_targets: torch.Tensor | None = None,
+        codes: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> VilaUScores:
+        """Return how likely a text is given pictures, or the codes of pictures given a text.
+
+        Args:
+            input_ids, kinds: ``(B, L)``; padding has the kind `PositionKind.PAD`, on either side.
+            text_targets, visual_targets: bool ``(B, L)``, the positions asked for; with neither, every text position
+                that has one before it.
+            codes or pixel_values: the pictures and frames in order of appearance; codes are what is scored.
+            attention_mask: ``(B, L)``; made from `kinds` if absent.
+        """
+        if attention_mask is None:
+            attention_mask = (kinds != PositionKind.PAD).long()
+        none = torch.zeros_like(kinds, dtype=torch.bool)
+        if text_targets is None and visual_targets is None:
+            before = torch.cat([none[:, :1], kinds[:, :-1] != PositionKind.PAD], 1)
+            text_targets = (kinds == PositionKind.TEXT) & before
+        text_targets = none if text_targets is None else text_targets.bool()
+        visual_targets = none if visual_targets is None else visual_targets.bool()
+        losses = self.losses(
+            input_ids, kinds, text_targets, visual_targets, codes, pixel_values, attention_mask=attention_mask
+        )
+        depth = self.config.vision_config.depth
+        text = losses.text.new_zeros(kinds.numel()).index_copy(0, losses.text_at, -losses.text)
+        visual = losses.visual.new_zeros((kinds.numel(), depth)).index_copy(0, losses.visual_at, -losses.visual)
+        return VilaUScores(text.view(kinds.shape), visual.view(*kinds.shape, depth), text_targets, visual_targets)
 
     def forward(
         self,
