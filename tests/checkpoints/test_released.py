@@ -140,7 +140,7 @@ def test_a_shared_codebook_that_differs_between_depths_is_refused(copy):
 
 BROKEN = {
     "unknown tower field": ("vision_tower/config.json", {"rqvaesiglip__surprise": 1}, "unknown field 'surprise'"),
-    "unknown decoder field": (
+    "unknown decoder": ("vision_tower/config.json", {"rqvaesiglip__ddconfig__tanh": True}, "unknown field 'tanh'"),
         "vision_tower/config.json",
         {"rqvaesiglip__ddconfig__tanh": True},
         "unknown field 'tanh'",

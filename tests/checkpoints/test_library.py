@@ -1,0 +1,159 @@
+"""What users of the library expect: dtype, devices, attention, checkpointing, adapters, saving, scores."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vilau.checkpoints.released import expected_shapes
+from vilau.checkpoints.released_config import siglip_configs
+from vilau.configuration import PositionKind, VilaUConfig
+from vilau.model import VilaUForConditionalGeneration
+
+TEXT, VISUAL, PAD = PositionKind.TEXT, PositionKind.VISUAL, PositionKind.PAD
+
+
+@pytest.fixture
+def batch(model):
+    """Two right-padded rows: text, one picture, text; the second has no picture."""
+    torch.manual_seed(0)
+    kinds = torch.tensor([[TEXT] * 4 + [VISUAL] * 256 + [TEXT] * 4, [TEXT] * 9 + [PAD] * 255])
+    ids = torch.randint(3, 500, kinds.shape)
+    codes = torch.randint(0, 1024, (1, 256, 4))
+    return {"input_ids": ids, "kinds": kinds, "codes": codes}
+
+
+def targets(batch):
+    text = (batch["kinds"] == TEXT).clone()
+    text[:, 0] = False
+    return {"text_targets": text, "visual_targets": batch["kinds"] == VISUAL}
+
+
+def test_saved_as_ours(model, tmp_path):
+    """`save_pretrained` of a released checkpoint writes our layout, in one go and without shared tensors."""
+    model.save_pretrained(tmp_path, save_original_format=False)
+    other = VilaUForConditionalGeneration.from_pretrained(tmp_path)
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert callable(model.push_to_hub)
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-9])
+    with pytest.raises(ValueError, match="is damaged"):
+        VilaUForConditionalGeneration.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["released", "ours"])
+def test_device_map_and_dtype(released, model, tmp_path, layout):
+    """`device_map="auto"` and `dtype=` go through the library; the codebook stays float32."""
+    folder = released
+    if layout == "ours":
+        folder = tmp_path
+        model.save_pretrained(folder)
+    loaded = VilaUForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16, device_map="auto")
+    assert loaded.dtype == torch.bfloat16 and loaded.vision_tower.quantizer.codebook.dtype == torch.float32
+    assert torch.equal(loaded.vision_tower.quantizer.codebook.cpu(), model.vision_tower.quantizer.codebook)
+
+
+def test_attention_implementation_reaches_the_parts(released):
+    """`attn_implementation` is that of the language model and of both SigLIP towers."""
+    loaded = VilaUForConditionalGeneration.from_pretrained(released, attn_implementation="eager")
+    parts = (loaded.language_model, loaded.vision_tower.image_encoder, loaded.vision_tower.text_encoder)
+    assert [part.config._attn_implementation for part in parts] == ["eager"] * 3
+
+
+def test_score_is_the_log_likelihood(model, batch):
+    """Sums of the scores are the negated losses, per row; a row alone has the scores that it has in a batch."""
+    scores = model.score(**batch, **targets(batch))
+    losses = model.losses(**batch, **targets(batch), attention_mask=(batch["kinds"] != PAD).long())
+    assert torch.allclose(scores.total().sum(), -(losses.text.sum() + losses.visual.sum()), rtol=1e-5)
+    assert scores.text.shape == (2, 264) and scores.visual.shape == (2, 264, 4)
+    assert (scores.visual[0, 4:260] < 0).all() and not scores.visual[1].any()
+    alone = model.score(batch["input_ids"][1:, :9], batch["kinds"][1:, :9])
+    assert torch.allclose(alone.text[0], scores.text[1, :9], atol=1e-4)
+    padded = {
+        "input_ids": torch.cat([batch["input_ids"][1:, 9:20], batch["input_ids"][1:, :9]], 1),
+        "kinds": torch.tensor([[PAD] * 11 + [TEXT] * 9]),
+    }
+    left = model.score(**padded)
+    assert not left.text_mask[0, :12].any() and torch.allclose(left.text[0, 12:], alone.text[0, 1:], atol=1e-4)
+
+
+def test_score_of_codes_given_text(model, batch):
+    """The codes that the model is asked about are scored one by one: changing one changes only it and later ones."""
+    asked = {"visual_targets": batch["kinds"] == VISUAL}
+    before = model.score(**batch, **asked).visual[0, 4:260]
+    codes = batch["codes"].clone()
+    codes[0, 100, 2] = (codes[0, 100, 2] + 1) % 1024
+    after = model.score(**(batch | {"codes": codes}), **asked).visual[0, 4:260]
+    assert torch.allclose(before[:100], after[:100], atol=1e-5) and torch.allclose(
+        before[100, :2], after[100, :2], atol=1e-5
+    )
+    assert abs(before[100, 2] - after[100, 2]) > 1e-5
+
+
+def test_gradient_checkpointing_changes_nothing(released, batch):
+    """The same loss and gradients with less memory."""
+    model = VilaUForConditionalGeneration.from_pretrained(released).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    found = []
+    for switch in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
+        switch()
+        model.zero_grad()
+        model.losses(**batch, **targets(batch)).total().backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert model.is_gradient_checkpointing
+    assert found[0].keys() == found[1].keys() and any("language_model" in name for name in found[0])
+    assert all(torch.allclose(found[0][name], found[1][name], atol=1e-6) for name in found[0])
+
+
+def test_lora(released, batch, tmp_path):
+    """Adapters on the language model and the depth transformer: train, save, load, merge."""
+    import peft
+
+    base = VilaUForConditionalGeneration.from_pretrained(released)
+    modules = r".*(language_model\..*(q_proj|v_proj)|depth_transformer\.blocks\.\d+\.(query|value))"
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=modules))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert any("language_model" in n for n in trained) and any("depth_transformer" in n for n in trained)
+    assert all("lora_" in name for name in trained)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = model.get_base_model().eval().losses(**batch, **targets(batch)).total()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    expected = model.get_base_model().score(**batch, **targets(batch)).total()
+    model.save_pretrained(tmp_path)
+    fresh = VilaUForConditionalGeneration.from_pretrained(released).eval()
+    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path).eval()
+    assert torch.allclose(loaded.get_base_model().score(**batch, **targets(batch)).total(), expected, rtol=1e-5)
+    merged = loaded.merge_and_unload()
+    assert isinstance(merged, VilaUForConditionalGeneration)
+    assert torch.allclose(merged.score(**batch, **targets(batch)).total(), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "settings", "codes"),
+    [
+        ("google/siglip-large-patch16-256", {"depth": 4}, 256),
+        ("google/siglip-so400m-patch14-384", {"depth": 16, "latent_size": 24}, 729),
+    ],
+)
+def test_shapes_of_the_published_sizes(encoder, settings, codes, tmp_path):
+    """The 7B models build without memory, with the parameter counts that their parts have."""
+    image, text = siglip_configs(encoder, tmp_path, "here")
+    config = VilaUConfig(
+        vision_config={"image_encoder_config": image, "text_encoder_config": text, **settings},
+        depth_config={"hidden_size": 2560, "num_hidden_layers": 6, "num_attention_heads": 40},
+        text_config={"model_type": "llama", "vocab_size": 32004, "max_position_embeddings": 4096},
+    )
+    shapes = expected_shapes(config)
+    assert config.vision_config.num_positions == codes
+    language = sum(torch.Size(shape).numel() for name, shape in shapes.items() if name.startswith("language_model."))
+    assert language == 6_738_448_384  # LLaMA-2-7B with four more rows in and out
+    assert shapes["vision_tower.quantizer.codebook"] == (1, 16384, image["hidden_size"])
+    assert shapes["projector.fc1.weight"] == (4096, image["hidden_size"])
+    assert shapes["depth_transformer.head.weight"] == (16384, 2560)
