@@ -40,7 +40,8 @@ torture: $(STAMP)
 
 nano: $(STAMP)
 	$(BIN)/vilau train configs/nano/nano-cpu.yaml
-	$(BIN)/vilau convert --force runs/nano-cpu/sft/final runs/nano-cpu/model
+	$(BIN)/vilau train configs/nano/nano-cpu-shifted.yaml
+	$(BIN)/vilau convert --force --guidance-scale 1 runs/nano-cpu-shifted/sft/final runs/nano-cpu/model
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
