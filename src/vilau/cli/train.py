@@ -79,7 +79,7 @@ def _reconstructions(tower: VisionTower, frames: torch.Tensor) -> tuple[torch.Te
 
 def _drawings(model: VilaUModel, stage: LanguageStage) -> tuple[torch.Tensor, list[str]]:
     """Pictures and film frames for the set prompts, by the weights as they are."""
-    from vilau.model import VilaUForConditionalGeneration
+    from vilau.model import VilaUForConditionalGeneration, VisualOutput
 
     with torch.device("meta"):
         painter = VilaUForConditionalGeneration(model.config)
@@ -89,8 +89,9 @@ def _drawings(model: VilaUModel, stage: LanguageStage) -> tuple[torch.Tensor, li
     for mode, prompts in (("image", PICTURE_PROMPTS), ("video", FILM_PROMPTS)):
         for prompt in prompts:
             inputs = stage.processor.apply_chat_template([{"role": "user", "content": prompt}], mode)
-            drawn = painter.generate(**inputs.to(model.device), generation_mode=mode, seed=1).pixel_values
-            frames = drawn.reshape(-1, *drawn.shape[-3:])
+            drawn = painter.generate(**inputs.to(model.device), generation_mode=mode, seed=1)
+            assert isinstance(drawn, VisualOutput)
+            frames = drawn.pixel_values.reshape(-1, *drawn.pixel_values.shape[-3:])
             pictures.append(frames)
             names += [prompt] * len(frames)
     return torch.cat(pictures), names
