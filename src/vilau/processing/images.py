@@ -151,12 +151,11 @@ def resize_square(image: Image.Image, size: int, mode: SquareMode = "squash") ->
         raise ValueError(f"unknown mode {mode!r}: choose 'squash' or 'crop'")
     if image.size == (size, size):
         return image
-    box = None
-    if mode == "crop":
+    if mode == "crop":  # cut first: the filter of a resize with a box would look beyond the square's border
         side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        box = (left, top, left + side, top + side)
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+        left, top = round((image.width - side) / 2), round((image.height - side) / 2)
+        image = image.crop((left, top, left + side, top + side))
+    return image.resize((size, size), Image.Resampling.BICUBIC)
 
 
 def to_array(source: ImageSource, size: int, mode: SquareMode = "squash") -> np.ndarray:

@@ -167,6 +167,7 @@ def drawn_codes(subject: Subject, found: re.Match[str]) -> Outcome:
     positions = fed.shape[1]
     tied = (forced.margin < NEAR_TIE).any(-1).any(0)
     loop = int(tied.nonzero()[0]) if bool(tied.any()) else positions
+    loop = min(loop, subject.loop_limit or positions)
     loose = forced.margin < NEAR_TIE
     got = torch.where(loose, fed, forced.best)
     if loop == positions and not drawing.video:

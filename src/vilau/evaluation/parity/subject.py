@@ -30,10 +30,13 @@ class Subject:
     Args:
         golden: the folder.
         device: where to compute.
+        loop_limit: follow the visual loop over so many positions at most, and feed the reference's codes after them;
+            absent, over all.
     """
 
-    def __init__(self, golden: GoldenFolder, device: str = "cpu") -> None:
+    def __init__(self, golden: GoldenFolder, device: str = "cpu", loop_limit: int | None = None) -> None:
         self.golden = golden
+        self.loop_limit = loop_limit
         self._top_cropped: set[str] = set()
         self.device = torch.device(device)
         self.model = VilaUForConditionalGeneration.from_pretrained(golden.checkpoint, dtype=torch.float32)
