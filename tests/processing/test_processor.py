@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoProcessor, LlamaConfig, PreTrainedTokenizerFast
 
-from vilau.configuration import PositionKind
+from vilau.configuration import PositionKind, VilaUConfig
 from vilau.data.sample import Part, Sample, Turn
 from vilau.processing.images import normalise
 from vilau.processing.processor import VilaUProcessor, build_processor
@@ -261,15 +261,15 @@ def test_outputs_become_text_pictures_and_films() -> None:
 
 def test_sizes_come_from_the_models_configuration() -> None:
     """The processor of a model is built from its configuration."""
-
-    class Config:
-        class vision_config:
-            image_size, num_positions = 32, 16
-
-        num_frames = 4
-        text_config = LlamaConfig(max_position_embeddings=300)
-
-    processor = build_processor(TOKENIZER, Config)
+    config = VilaUConfig(
+        vision_config={
+            "image_encoder_config": {"image_size": 32, "patch_size": 8},
+            "decoder_multipliers": [1, 1, 2, 2],
+        },
+        text_config=LlamaConfig(max_position_embeddings=300),
+        num_frames=4,
+    )
+    processor = build_processor(TOKENIZER, config)
     assert (processor.image_size, processor.positions_per_frame, processor.num_frames) == (32, 16, 4)
     assert processor.context_length == 300 and processor.template == OURS
 
