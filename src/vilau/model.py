@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from vilau.checkpoints.auto import register_released
 from vilau.checkpoints.loading import load_pretrained
 from vilau.configuration import DepthTransformerConfig, PositionKind, VilaUConfig, VisionTowerConfig
 from vilau.generation.sampling import SamplingOptions, row_seeds
@@ -237,6 +238,7 @@ def register() -> None:
     AutoModel.register(VilaUConfig, VilaUForConditionalGeneration, exist_ok=True)
     AutoModelForImageTextToText.register(VilaUConfig, VilaUForConditionalGeneration, exist_ok=True)
     AutoProcessor.register(VilaUConfig, VilaUProcessor, exist_ok=True)
+    register_released(VilaUForConditionalGeneration, VilaUProcessor)
 
 
 __all__ = ["VilaUForConditionalGeneration", "VilaULosses", "VisualOutput", "register"]

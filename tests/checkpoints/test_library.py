@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
 
+import vilau
 from vilau.checkpoints.released import expected_shapes
 from vilau.checkpoints.released_config import siglip_configs
 from vilau.configuration import PositionKind, VilaUConfig
-from vilau.model import VilaUForConditionalGeneration
+from vilau.model import VilaUForConditionalGeneration, register
+from vilau.processing.processor import VilaUProcessor
 
 TEXT, VISUAL, PAD = PositionKind.TEXT, PositionKind.VISUAL, PositionKind.PAD
 
@@ -38,6 +44,43 @@ def test_saved_as_ours(model, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-9])
     with pytest.raises(ValueError, match="is damaged"):
         VilaUForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_unknown_field_of_our_configuration(model, tmp_path):
+    """A misspelt field of `config.json` is an error with the nearest right one, not a silent default."""
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    stored = json.loads(file.read_text())
+    stored["vision_config"]["decoder_atention"] = [16]
+    file.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=r"'vision_config.decoder_atention'; did you mean 'decoder_attention'"):
+        VilaUForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_shapes_that_disagree_with_our_configuration(model, tmp_path):
+    """Weights that do not fit `config.json` are an error that names the folder; nothing is half-loaded."""
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    stored = json.loads(file.read_text())
+    stored["vision_config"]["codebook_size"] = 512
+    file.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=r"do not fit config.json"):
+        VilaUForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_auto_classes(released):
+    """The library's Auto classes open a released folder."""
+    register()
+    assert type(AutoModel.from_pretrained(released)) is VilaUForConditionalGeneration
+    assert type(AutoProcessor.from_pretrained(released)) is VilaUProcessor
+
+
+def test_load_and_talk(released):
+    """`vilau.load` opens a released folder; text alone, a picture and a drawing go through."""
+    pipeline = vilau.load(released)
+    assert isinstance(pipeline.chat([{"role": "user", "content": "Hello"}], max_new_tokens=2), str)
+    picture = Image.new("RGB", (40, 30), "red")
+    assert isinstance(pipeline.ask(picture, "What is it?", max_new_tokens=2), str)
 
 
 @pytest.mark.parametrize("layout", ["released", "ours"])

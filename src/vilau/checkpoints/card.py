@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from vilau.configuration import VilaUConfig
 
@@ -59,7 +60,8 @@ def model_card(
         source: the released folder that it was converted from, if any.
         licence: its identifier on the hub; the licence of the weights stands with their source.
     """
-    vision, text = config.vision_config, config.text_config
+    vision: Any = config.vision_config
+    text: Any = config.text_config
     name = source.name if source is not None else "VILA-U"
     origin = "Trained with vilau."
     if source is not None:

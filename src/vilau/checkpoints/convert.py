@@ -177,7 +177,8 @@ def _keep(checkpoint: ReleasedCheckpoint, folder: Path) -> None:
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, place)
     released = checkpoint.released
-    size = checkpoint.config.vision_config.codebook_size
+    vision: Any = checkpoint.config.vision_config
+    size = vision.codebook_size
     extra: dict[str, torch.Tensor] = {}
     for source in checkpoint.plan.sources["vision_tower.quantizer.codebook"]:
         extra[source] = checkpoint.read_released(source)[size:]
@@ -242,7 +243,8 @@ def _to_released(source: Path, cast: torch.dtype | None) -> Job:
         part, key = name.split(":", 1)
         file = f"{part}/{facts.get('files', {}).get(name, 'model.safetensors')}"
         shards.setdefault(file, {})[key] = fact
-    size = config.vision_config.codebook_size
+    vision: Any = config.vision_config
+    size = vision.codebook_size
 
     def read(shard: str, key: str) -> torch.Tensor:
         name = f"{shard.split('/')[0]}:{key}"
@@ -284,7 +286,8 @@ def _released_shapes(
     extra: Mapping[str, torch.Tensor],
 ) -> tuple[dict[str, tuple[str, int]], Shapes]:
     """Return released name -> (our name, depth), and released name -> (dtype, shape)."""
-    stages = len(config.vision_config.decoder_multipliers)
+    vision: Any = config.vision_config
+    stages = len(vision.decoder_multipliers)
     ours: dict[str, tuple[str, int]] = {}
     shapes: Shapes = {}
     for mine, fact in weights.tensors.items():
@@ -310,7 +313,9 @@ def _released_shapes(
 
 
 def _check_ours(source: Path, config: VilaUConfig, weights: WeightFiles) -> None:
-    vision = config.vision_config
+    vision: Any = config.vision_config
+    depth: Any = config.depth_config
+    language: Any = config.text_config
     problems = []
     if vision.stem != "patch":
         problems.append(f"stem {vision.stem!r}")
@@ -318,11 +323,11 @@ def _check_ours(source: Path, config: VilaUConfig, weights: WeightFiles) -> None
         problems.append(f"code_dim {vision.code_dim} (linear maps around the quantizer)")
     if vision.decoder_groups != 32:
         problems.append(f"decoder_groups {vision.decoder_groups}")
-    if config.depth_config.mlp_ratio != 4:
-        problems.append(f"depth_config.mlp_ratio {config.depth_config.mlp_ratio}")
-    if config.text_config.model_type != "llama":
-        problems.append(f"a language model of type {config.text_config.model_type!r}")
-    first = config.text_config.vocab_size - 4
+    if depth.mlp_ratio != 4:
+        problems.append(f"depth_config.mlp_ratio {depth.mlp_ratio}")
+    if language.model_type != "llama":
+        problems.append(f"a language model of type {language.model_type!r}")
+    first = language.vocab_size - 4
     tokens = (config.image_start_id, config.image_end_id, config.video_start_id, config.video_end_id)
     if tokens != tuple(range(first, first + 4)):
         problems.append(f"visual tokens {tokens} that are not the last four ids")
@@ -340,7 +345,8 @@ def _check_ours(source: Path, config: VilaUConfig, weights: WeightFiles) -> None
 
 
 def _has_text(config: VilaUConfig) -> bool:
-    return config.vision_config.text_encoder_config is not None
+    vision: Any = config.vision_config
+    return vision.text_encoder_config is not None
 
 
 def _same_network(one: VilaUConfig, other: VilaUConfig) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +11,9 @@ from typing import Any
 
 from vilau.checkpoints.layout import HUB_OPTIONS, find_layout, resolve
 from vilau.checkpoints.released import ReleasedCheckpoint
+from vilau.checkpoints.released_config import LIBRARY
 from vilau.checkpoints.shards import listed, open_weights, read_json
+from vilau.configuration import DepthTransformerConfig, VilaUConfig, VisionTowerConfig
 
 RELEASED_SAMPLING = {  # what the reference draws with
     "visual_guidance_scale": 3.0,
@@ -17,6 +21,10 @@ RELEASED_SAMPLING = {  # what the reference draws with
     "visual_top_k": 900,
     "visual_top_p": 0.96,
 }
+
+_OF_LIBRARY = frozenset(
+    ("auto_map", "quantization_config", "fusion_config", "distributed_config", "transformers_weights")
+)
 
 
 def load_pretrained(
@@ -79,6 +87,7 @@ def released_generation(folder: Path) -> dict[str, Any]:
 
 def _load_ours(library: Callable[..., Any], folder: Path, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     with_info = kwargs.pop("output_loading_info", False)
+    check_fields(read_json(folder / "config.json"), folder / "config.json")
     quantized = "quantization_config" in kwargs or "quantization_config" in read_json(folder / "config.json")
     if kwargs.get("variant") is None:
         open_weights(folder)  # truncated or missing shards are named before anything is built
@@ -91,6 +100,20 @@ def _load_ours(library: Callable[..., Any], folder: Path, args: Sequence[Any], k
     if not quantized and not kwargs.get("ignore_mismatched_sizes"):
         _check_loaded(folder, info)
     return (model, info) if with_info else model
+
+
+def check_fields(stored: Mapping[str, Any], file: Path) -> None:
+    """Raise ValueError for a field of our ``config.json`` that no configuration has, with the nearest right one."""
+    kinds = {"": VilaUConfig, "vision_config": VisionTowerConfig, "depth_config": DepthTransformerConfig}
+    for part, kind in kinds.items():
+        fields = stored.get(part) or {} if part else stored
+        known = {field.name for field in dataclasses.fields(kind)}
+        for name in sorted(set(fields) - known - LIBRARY - _OF_LIBRARY):
+            if name.startswith("_"):
+                continue
+            near = difflib.get_close_matches(name, sorted(known), 1, 0.0)[0]
+            where = f"{part}.{name}" if part else name
+            raise ValueError(f"{file}: unknown field {where!r}; did you mean {near!r}? Correct or remove it")
 
 
 def _check_loaded(folder: str | os.PathLike[str], info: Mapping[str, Any] | Any) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,7 +37,7 @@ class ReleasedCheckpoint:
         tower = self.parts["vision_tower"].tensors
         with_text = any(name.startswith("rqvaesiglip.siglip_model.text_model.") for name in tower)
         self.config: VilaUConfig = read_config(folder, with_text)
-        self.stages = len(self.config.vision_config.decoder_multipliers)
+        self.vision: Any = self.config.vision_config
         self.shapes = expected_shapes(self.config)
         self.plan = plan(self.config, self.shapes, self.released, folder)
         self._check_copies()
@@ -57,7 +58,7 @@ class ReleasedCheckpoint:
         if name == keys.INITIALISED:
             return torch.ones(1, dtype=torch.long)
         if name in keys.BOOKS:
-            size = self.config.vision_config.codebook_size
+            size = self.vision.codebook_size
             return torch.stack([self.read_released(source)[:size].float() for source in sources])
         tensor = self.read_released(sources[0])
         return tensor[0] if name == keys.POSITIONS else tensor
@@ -99,7 +100,8 @@ def expected_shapes(config: VilaUConfig) -> dict[str, tuple[int, ...]]:
 
 def books(config: VilaUConfig) -> Iterator[int]:
     """The depths whose codebooks are stored: the first of a shared one, all otherwise."""
-    yield from range(1 if config.vision_config.shared_codebook else config.vision_config.depth)
+    vision: Any = config.vision_config
+    yield from range(1 if vision.shared_codebook else vision.depth)
 
 
 def plan(
@@ -109,7 +111,8 @@ def plan(
     folder: Path,
 ) -> Plan:
     """Match names and shapes of both layouts; ``ValueError`` lists what does not match."""
-    stages = len(config.vision_config.decoder_multipliers)
+    vision: Any = config.vision_config
+    stages = len(vision.decoder_multipliers)
     sources: dict[str, tuple[str, ...]] = {}
     unknown: list[str] = []
     for name in shapes:
@@ -154,9 +157,10 @@ def released_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _copies(config: VilaUConfig, released: Mapping[str, TensorFact]) -> dict[str, str]:
     copies = {copy: kept for copy, kept in keys.ALIASES if copy in released and kept in released}
-    if config.vision_config.shared_codebook:
+    vision: Any = config.vision_config
+    if vision.shared_codebook:
         for template in keys.BOOKS.values():
-            for depth in range(1, config.vision_config.depth):
+            for depth in range(1, vision.depth):
                 if template.format(d=depth) in released and template.format(d=0) in released:
                     copies[template.format(d=depth)] = template.format(d=0)
     return copies

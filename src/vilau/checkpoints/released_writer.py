@@ -54,7 +54,8 @@ def released_files(
 
 def configurations(config: VilaUConfig) -> dict[str, dict[str, Any]]:
     """Return file name -> contents of the released configuration files of a network."""
-    vision, depth = config.vision_config, config.depth_config
+    vision: Any = config.vision_config
+    depth: Any = config.depth_config
     dtype = str(config.dtype or "float32").removeprefix("torch.")
     doublings = len(vision.decoder_multipliers) - 1
     tower = {
@@ -150,7 +151,8 @@ def configurations(config: VilaUConfig) -> dict[str, dict[str, Any]]:
 
 def language_config(config: VilaUConfig) -> dict[str, Any]:
     """Return the language model's fields with RoPE as the library of the released checkpoints spelled it."""
-    fields = dict(config.text_config.to_dict())
+    text: Any = config.text_config
+    fields = dict(text.to_dict())
     rope = dict(fields.pop("rope_parameters", None) or {})
     fields["rope_theta"] = rope.pop("rope_theta", 10000.0)
     kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
