@@ -76,7 +76,7 @@ def test_comparison_counts_what_it_says() -> None:
     )
     norms = torch.tensor([10.0, 1e-9])  # the second is zero but for rounding
     assert compare("x", norms, Outcome(torch.tensor([10.0, 4e-9]), "norm")).holds
-    assert not compare("x", norms, Outcome(torch.tensor([10.0, 1e-7]), "norm")).holds
+    assert not compare("x", norms, Outcome(torch.tensor([10.0, 1e-6]), "norm")).holds
     codes = torch.tensor([1, 2, 3])
     assert compare("x", codes, Outcome(torch.tensor([1, 0, 0]), "equal")).deviation == 2
 
