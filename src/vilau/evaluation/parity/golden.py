@@ -96,7 +96,8 @@ class GoldenFolder:
         return self._media("video_*/*.png")
 
     def _media(self, pattern: str) -> list[Path]:
-        media = self.folder.resolve().parent / "media"
+        beside = (self.folder.absolute().parent, self.folder.resolve().parent)  # of a link, or of what it points to
+        media = next((path / "media" for path in beside if (path / "media").is_dir()), beside[0] / "media")
         found = sorted(media.glob(pattern))
         if not found:
             raise ValueError(f"{media} holds no {pattern}, which this check needs")
