@@ -55,12 +55,12 @@ class VisionTowerConfig(PreTrainedConfig):
     model_type = "vilau_vision_tower"
     base_config_key = "vision_config"
     sub_configs_defaults = {
-        "image_encoder_config": SiglipVisionConfig,
+        "image_encoder_config": SubConfigSpec(config_class=SiglipVisionConfig),
         "text_encoder_config": SubConfigSpec(config_class=SiglipTextConfig, optional=True),
     }
 
-    image_encoder_config: dict | PreTrainedConfig | None = None
-    text_encoder_config: dict | PreTrainedConfig | None = None
+    image_encoder_config: Any = None  # a configuration, or its fields as a dict
+    text_encoder_config: Any = None  # a configuration, or its fields as a dict
     encoder_type: str = "siglip"
     stem: str = "patch"
     zero_init_residual: bool = False
@@ -183,14 +183,14 @@ class VilaUConfig(PreTrainedConfig):
 
     model_type = "vilau"
     sub_configs_defaults = {
-        "vision_config": VisionTowerConfig,
-        "depth_config": DepthTransformerConfig,
+        "vision_config": SubConfigSpec(config_class=VisionTowerConfig),
+        "depth_config": SubConfigSpec(config_class=DepthTransformerConfig),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
-    depth_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: Any = None  # a configuration, or its fields as a dict
+    depth_config: Any = None  # a configuration, or its fields as a dict
+    text_config: Any = None  # a configuration, or its fields as a dict
     num_frames: int = 8
     image_start_id: int | None = None
     image_end_id: int | None = None

@@ -130,7 +130,7 @@ class VilaUForConditionalGeneration(VilaUModel, GenerationMixin):
         embeds = self.embed(input_ids, kinds, codes, pixel_values)
         if generation_mode == "text":
             kwargs.pop("unconditional_ids", None)
-            return super().generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
+            return GenerationMixin.generate(self, inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)  # type: ignore
         return self.generate_visual(embeds, attention_mask, generation_mode == "video", **kwargs)
 
     def visual_defaults(self) -> SamplingOptions:

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ import typer
 from PIL import Image
 
 from vilau.cli.common import say
+from vilau.configuration import VilaUConfig
 from vilau.data.nano.scenes import contact_sheet
 from vilau.modeling.vila_u import VilaUModel
 from vilau.modeling.vision_tower import VisionTower
@@ -82,7 +84,7 @@ def _drawings(model: VilaUModel, stage: LanguageStage) -> tuple[torch.Tensor, li
     from vilau.model import VilaUForConditionalGeneration, VisualOutput
 
     with torch.device("meta"):
-        painter = VilaUForConditionalGeneration(model.config)
+        painter: Any = VilaUForConditionalGeneration(cast(VilaUConfig, model.config))
     for name, part in model.named_children():
         setattr(painter, name, part)
     pictures, names = [], []

@@ -130,7 +130,7 @@ class Subject:
             parts.append(output.pixel_values.float().cpu())
         return torch.cat(parts)
 
-    def _inputs(self, conversations: Sequence[Messages], mode: str) -> dict[str, Any]:
+    def _inputs(self, conversations: Sequence[Messages], mode: Any) -> dict[str, Any]:
         features = self.pipeline.processor.apply_chat_template(list(conversations), generation_mode=mode)
         inputs = dict(features.to(self.model.device))
         if mode != "text" and "unconditional_ids" not in inputs:

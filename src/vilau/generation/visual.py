@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 from transformers import DynamicCache
 
 from vilau.generation.guidance import guided_logits
@@ -23,7 +22,7 @@ class UnifiedModel(Protocol):
     """What the loop needs of the joined network."""
 
     vision_tower: Any
-    projector: nn.Module
+    projector: Any
     language_model: Any
     depth_transformer: Any
 

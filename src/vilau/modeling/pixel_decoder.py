@@ -122,7 +122,7 @@ class PixelDecoder(nn.Module):
         self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> torch.Tensor:
         """The weight whose gradient norms balance the adversarial loss."""
         return self.conv_out.weight
 

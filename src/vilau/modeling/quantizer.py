@@ -40,6 +40,11 @@ class ResidualQuantizer(nn.Module):
         restart_unused: replace codes whose average count fell below 2 % of the mean by features of the current batch.
     """
 
+    codebook: torch.Tensor
+    ema_count: torch.Tensor
+    ema_sum: torch.Tensor
+    initialised: torch.Tensor
+
     def __init__(
         self,
         codebook_size: int,
@@ -70,7 +75,8 @@ class ResidualQuantizer(nn.Module):
         super()._apply(keep_float32, recurse)
         for name, before in saved.items():  # a cast to half precision and back must not round the codebook
             if before.is_floating_point() and not before.is_meta:
-                self._buffers[name] = before.to(self._buffers[name].device)
+                after = self._buffers[name]
+                self._buffers[name] = before if after is None else before.to(after.device)
         return self
 
     def book(self, depth: int) -> torch.Tensor:

@@ -46,7 +46,9 @@ class ConvStem(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The first weight: tells the encoder's dtype to the embedding layer."""
-        return self.convs[0].weight
+        first = self.convs[0]
+        assert isinstance(first, nn.Conv2d)
+        return first.weight
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         x = pixel_values
@@ -68,7 +70,8 @@ class VisionTower(PreTrainedModel):
         super().__init__(config)
         self.image_encoder = SiglipVisionModel(config.image_encoder_config)
         if config.stem == "conv":
-            self.image_encoder.embeddings.patch_embedding = ConvStem(config.hidden_size, config.patch_size)
+            stem = ConvStem(config.hidden_size, config.patch_size)
+            self.image_encoder.embeddings.register_module("patch_embedding", stem)
         self.text_encoder = None
         if config.text_encoder_config is not None:
             self.text_encoder = SiglipTextModel(config.text_encoder_config)
@@ -105,10 +108,9 @@ class VisionTower(PreTrainedModel):
 
     @torch.no_grad()
     def _zero_residual_branches(self) -> None:
-        for layer in self.image_encoder.encoder.layers:
-            for branch in (layer.self_attn.out_proj, layer.mlp.fc2):
-                nn.init.zeros_(branch.weight)
-                nn.init.zeros_(branch.bias)
+        for name, parameter in self.image_encoder.encoder.layers.named_parameters():
+            if ".out_proj." in name or ".fc2." in name:
+                nn.init.zeros_(parameter)
 
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return ``z_e`` (I, P, C): states after the last-but-one encoder layer, without the final norm.

@@ -106,7 +106,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def newest_intact(folder: Path) -> Path | None:
     """Return the newest checkpoint that passes its manifest; damaged ones are named in the log and passed over."""
-    damaged = []
+    damaged: list[str] = []
     for path in reversed(list_checkpoints(folder)):
         fault = find_fault(path) or _find_wrong_step(path)
         if fault is None:

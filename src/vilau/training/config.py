@@ -36,7 +36,7 @@ class StageConfig(_Strict):
 
     steps: int = Field(..., ge=1)
     batch_size: int = Field(..., ge=1, description="samples per step over all processes")
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     mixture: dict[str, float] = Field(default_factory=dict, description="data form -> weight (pretrain, sft)")
     jitter: float = Field(0.0, ge=0, description="random shift of single objects, pixels")
     row_length: int = Field(128, ge=16, description="positions per packed row (pretrain, sft)")
@@ -51,7 +51,9 @@ class StageConfig(_Strict):
     train_text_encoder: bool = False
     train_image_encoder: bool = True
     freeze: list[str] = Field(default_factory=list, description="regular expressions of parameters kept as they are")
-    init_from: str | None = Field(None, description="folder of a finished stage; the previous stage of this run if absent")
+    init_from: str | None = Field(
+        None, description="folder of a finished stage; the previous stage of this run if absent"
+    )
 
 
 class DataConfig(_Strict):
@@ -72,7 +74,7 @@ class TrainConfig(_Strict):
     threads: int | None = Field(None, ge=1, description="CPU threads per process")
     model: dict[str, Any] = Field(..., description="fields of VilaUConfig")
     text_encoder: dict[str, Any] = Field(..., description="fields of the SigLIP text encoder of stages 1")
-    data: DataConfig = DataConfig()
+    data: DataConfig = Field(default_factory=DataConfig)
     stages: dict[StageName, StageConfig]
     log_every: int = Field(10, ge=1)
     save_every: int = Field(200, ge=1, description="steps between checkpoints")
@@ -121,8 +123,10 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 def _explain(item: Any) -> str:
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] != "extra_forbidden":
-        return f"{where}: {item['msg'].lower()} (got {item['input']!r})" if item["type"] != "missing" else (
-            f"{where} is missing"
+        return (
+            f"{where}: {item['msg'].lower()} (got {item['input']!r})"
+            if item["type"] != "missing"
+            else (f"{where} is missing")
         )
     model: Any = TrainConfig
     if item["loc"][0] == "data":
