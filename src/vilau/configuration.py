@@ -23,7 +23,7 @@ class PositionKind(IntEnum):
     PAD = 2
 
 
-ENCODER_TYPES = ("siglip",)
+ENCODER_TYPES = ("siglip", "conv")
 STEMS = ("patch", "conv")
 QUANTIZERS = ("rq",)
 
@@ -35,7 +35,9 @@ class VisionTowerConfig(PreTrainedConfig):
     Args:
         image_encoder_config: the SigLIP vision transformer; its `image_size` and `patch_size` fix the grid.
         text_encoder_config: the SigLIP text transformer of stage 1, or `None` for a tower without one.
-        encoder_type: `siglip`.
+        encoder_type: `siglip` (the paper's), or `conv`: RQ-VAE's convolutional encoder with the decoder's sizes, for
+            the baselines of Tables 1 and 8 and Appendix C; the contrastive embedding then passes one transformer layer
+            of `image_encoder_config`'s sizes and the pooling head.
         stem: `patch` (one strided convolution, as released) or `conv` (strided 3x3 convolutions, for small models).
         zero_init_residual: start every residual branch of the image encoder at zero.
         code_dim: width `C` of the codes; `None` means the encoder's width and no linear maps (as released).
@@ -101,6 +103,8 @@ class VisionTowerConfig(PreTrainedConfig):
                 f"stem 'conv' needs an image_size that is a multiple of patch_size, got {self.image_size} and "
                 f"{self.patch_size}"
             )
+        if self.encoder_type == "conv":
+            self._check_conv_encoder()
         side = self.latent_side * 2 ** (len(self.decoder_multipliers) - 1)
         if side != self.image_size:
             raise ValueError(
@@ -109,6 +113,16 @@ class VisionTowerConfig(PreTrainedConfig):
                 "set latent_size or the number of decoder_multipliers to match"
             )
         super().__post_init__(**kwargs)
+
+    def _check_conv_encoder(self) -> None:
+        shrink = 2 ** (len(self.decoder_multipliers) - 1)
+        if self.patch_size != shrink:
+            raise ValueError(
+                f"encoder_type 'conv' halves the picture {len(self.decoder_multipliers) - 1} times, so one position "
+                f"covers {shrink} px, but patch_size is {self.patch_size}; set patch_size to {shrink}"
+            )
+        if self.code_dim is None:
+            raise ValueError("encoder_type 'conv' has no width of its own to take for the codes; set code_dim")
 
     @property
     def image_size(self) -> int:

@@ -26,7 +26,7 @@ STORED = {
 }
 PARTS = {  # where a tensor's name belongs, tried in this order
     "quantizer": ("vision_tower.quantizer", "vision_tower.to_code", "vision_tower.from_code"),
-    "image_encoder": ("vision_tower.image_encoder",),
+    "image_encoder": ("vision_tower.image_encoder", "vision_tower.pixel_encoder"),
     "text_encoder": ("vision_tower.text_encoder",),
     "pixel_decoder": ("vision_tower.pixel_decoder",),
     "projector": ("projector",),

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, SiglipTextModel, SiglipVisionModel
+from transformers import PreTrainedModel, SiglipTextModel, SiglipVisionConfig, SiglipVisionModel
 
 from vilau.configuration import VisionTowerConfig
 from vilau.modeling.pixel_decoder import PixelDecoder
+from vilau.modeling.pixel_encoder import PixelEncoder
 from vilau.modeling.quantizer import ResidualQuantizer
 
 
@@ -57,6 +58,23 @@ class ConvStem(nn.Module):
         return self.mix(x)
 
 
+def _conv_encoder(config: VisionTowerConfig) -> PixelEncoder:
+    return PixelEncoder(
+        config.code_width,
+        config.image_size,
+        config.decoder_latent_channels,
+        config.decoder_channels,
+        tuple(config.decoder_multipliers),
+        config.decoder_blocks,
+        tuple(config.decoder_attention),
+        config.decoder_groups,
+    )
+
+
+def _one_layer(config: SiglipVisionConfig) -> SiglipVisionConfig:
+    return SiglipVisionConfig(**{**config.to_dict(), "num_hidden_layers": 1})
+
+
 class VisionTower(PreTrainedModel):
     """Image encoder, residual quantizer and pixel decoder, with the text encoder of stage 1 where configured."""
 
@@ -68,15 +86,22 @@ class VisionTower(PreTrainedModel):
 
     def __init__(self, config: VisionTowerConfig) -> None:
         super().__init__(config)
-        self.image_encoder = SiglipVisionModel(config.image_encoder_config)
-        if config.stem == "conv":
+        self.pixel_encoder = None
+        if config.encoder_type == "conv":
+            self.pixel_encoder = _conv_encoder(config)
+            self.image_encoder = SiglipVisionModel(_one_layer(config.image_encoder_config))
+            self.image_encoder.register_module("embeddings", nn.Identity())
+        else:
+            self.image_encoder = SiglipVisionModel(config.image_encoder_config)
+        if config.stem == "conv" and self.pixel_encoder is None:
             stem = ConvStem(config.hidden_size, config.patch_size)
             self.image_encoder.embeddings.register_module("patch_embedding", stem)
         self.text_encoder = None
         if config.text_encoder_config is not None:
             self.text_encoder = SiglipTextModel(config.text_encoder_config)
         linear = config.code_dim is not None
-        self.to_code = nn.Linear(config.hidden_size, config.code_width) if linear else nn.Identity()
+        own_width = linear and self.pixel_encoder is None  # the convolutional encoder ends in the codes' width
+        self.to_code = nn.Linear(config.hidden_size, config.code_width) if own_width else nn.Identity()
         self.from_code = nn.Linear(config.code_width, config.hidden_size) if linear else nn.Identity()
         self.quantizer = ResidualQuantizer(
             config.codebook_size,
@@ -112,6 +137,12 @@ class VisionTower(PreTrainedModel):
             if ".out_proj." in name or ".fc2." in name:
                 nn.init.zeros_(parameter)
 
+    def encoder_parts(self) -> list[nn.Module]:
+        """Return the modules that make ``z_e``: what stays as it is when the image encoder is frozen."""
+        if self.pixel_encoder is not None:
+            return [self.pixel_encoder]
+        return [self.image_encoder.embeddings, *self.image_encoder.encoder.layers[:-1], self.to_code]
+
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return ``z_e`` (I, P, C): states after the last-but-one encoder layer, without the final norm.
 
@@ -127,6 +158,8 @@ class VisionTower(PreTrainedModel):
                 f"pixel_values have shape {tuple(pixel_values.shape)}, the vision tower needs (images, 3, {size}, "
                 f"{size}); resize the pictures with the processor"
             )
+        if self.pixel_encoder is not None:
+            return self.pixel_encoder(pixel_values).flatten(2).transpose(1, 2)  # (I, P, C)
         hidden = self.image_encoder.embeddings(pixel_values)
         for layer in self.image_encoder.encoder.layers[:-1]:
             hidden = layer(hidden, None)

@@ -61,7 +61,7 @@ class TowerStage(Stage):
             raise ValueError("stage 1 needs a vision tower with a text encoder")
         tower.text_encoder.requires_grad_(not self.reconstruct or config.train_text_encoder)
         if self.reconstruct:
-            for part in (tower.image_encoder.embeddings, *tower.image_encoder.encoder.layers[:-1], tower.to_code):
+            for part in tower.encoder_parts():
                 part.requires_grad_(config.train_image_encoder)
         else:
             tower.pixel_decoder.requires_grad_(False)
