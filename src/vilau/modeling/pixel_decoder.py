@@ -45,7 +45,27 @@ class AttentionBlock(nn.Module):
         return x + self.out(mixed.transpose(1, 2).reshape(x.shape))
 
 
-class UpStage(nn.Module):
+class ResolutionStage(nn.Module):
+    """The blocks of one resolution, each followed by attention where asked: ``(I, in, S, S)`` -> ``(I, out, S, S)``."""
+
+    def __init__(
+        self, in_channels: int, channels: int, blocks: int, groups: int, attention: bool, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            ResidualBlock(in_channels if i == 0 else channels, channels, groups, dropout) for i in range(blocks)
+        )
+        self.attention = nn.ModuleList(AttentionBlock(channels, groups) for _ in range(blocks if attention else 0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if self.attention:
+                x = self.attention[i](x)
+        return x
+
+
+class UpStage(ResolutionStage):
     """The blocks of one resolution, then, unless it is the last, a nearest x2 upsampling with a convolution."""
 
     def __init__(
@@ -58,18 +78,11 @@ class UpStage(nn.Module):
         up: bool,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            ResidualBlock(in_channels if i == 0 else channels, channels, groups, dropout) for i in range(blocks)
-        )
-        self.attention = nn.ModuleList(AttentionBlock(channels, groups) for _ in range(blocks if attention else 0))
+        super().__init__(in_channels, channels, blocks, groups, attention, dropout)
         self.upsample = nn.Conv2d(channels, channels, 3, padding=1) if up else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for i, block in enumerate(self.blocks):
-            x = block(x)
-            if self.attention:
-                x = self.attention[i](x)
+        x = super().forward(x)
         if self.upsample is not None:
             x = self.upsample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return x

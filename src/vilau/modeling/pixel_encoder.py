@@ -8,25 +8,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vilau.modeling.pixel_decoder import AttentionBlock, ResidualBlock
+from vilau.modeling.pixel_decoder import AttentionBlock, ResidualBlock, ResolutionStage
 
 
-class DownStage(nn.Module):
+class DownStage(ResolutionStage):
     """The blocks of one resolution, then, unless it is the last, a strided convolution that halves it."""
 
     def __init__(self, in_channels: int, channels: int, blocks: int, groups: int, attention: bool, down: bool) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            ResidualBlock(in_channels if i == 0 else channels, channels, groups) for i in range(blocks)
-        )
-        self.attention = nn.ModuleList(AttentionBlock(channels, groups) for _ in range(blocks if attention else 0))
+        super().__init__(in_channels, channels, blocks, groups, attention)
         self.downsample = nn.Conv2d(channels, channels, 3, stride=2) if down else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for i, block in enumerate(self.blocks):
-            x = block(x)
-            if self.attention:
-                x = self.attention[i](x)
+        x = super().forward(x)
         if self.downsample is not None:
             x = self.downsample(F.pad(x, (0, 1, 0, 1)))  # one row and column below and right, as RQ-VAE pads
         return x
