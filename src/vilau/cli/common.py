@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vilau.pipeline import Pipeline
 
 LONGEST_ERROR = 600
+SMALL_MODEL = 50_000_000  # parameters
 
 MODEL_HELP = "Folder or hub id of a model; the shipped one if absent."
 DEVICE_HELP = "cpu, cuda, cuda:1, mps; the GPU if there is one."
@@ -95,7 +96,21 @@ def load_pipeline(model: str | None, device: str | None) -> Pipeline:
     quiet_libraries()
     from vilau.pipeline import load
 
-    return load(model, device)
+    pipeline = load(model, device)
+    if pipeline.model.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        use_one_thread_if_small(pipeline.model.num_parameters())
+    return pipeline
+
+
+def use_one_thread_if_small(parameters: int) -> None:
+    """Compute on one thread with a model too small to share: its threads would wait for each other most of the time.
+
+    A picture of the shipped model took 0.38 s with two threads and 0.14 s with one.
+    """
+    import torch
+
+    if parameters < SMALL_MODEL:
+        torch.set_num_threads(1)
 
 
 def check_targets(targets: Sequence[Path], force: bool) -> None:
