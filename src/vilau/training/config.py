@@ -38,7 +38,7 @@ class StageConfig(_Strict):
     batch_size: int = Field(..., ge=1, description="samples per step over all processes")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     mixture: dict[str, float] = Field(default_factory=dict, description="data form -> weight (pretrain, sft)")
-    jitter: float = Field(0.0, ge=0, description="random shift of single objects, pixels")
+    jitter: float = Field(0.0, ge=0, description="random shift of objects, up to so many 1/32 of the side")
     row_length: int = Field(128, ge=16, description="positions per packed row (pretrain, sft)")
     text_dropout: float = Field(0.1, ge=0, le=1, description="share of prompts emptied for guidance")
     text_weight: float = Field(1.0, ge=0)
@@ -60,7 +60,7 @@ class DataConfig(_Strict):
     """The nano world and how it is read."""
 
     world: str | None = Field(None, description="folder made by `vilau data nano`; the shipped sprites if absent")
-    objects: int = Field(48, ge=2)
+    objects: int = Field(48, ge=4, le=48)
     styles: list[str] = Field(default_factory=lambda: ["noto"])
     workers: int = Field(1, ge=0, description="loader processes per training process")
 
