@@ -48,11 +48,10 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shipped_model_dir() -> Path:
-    """The folder of the model that ships with the package; a named skip while there is none."""
+    """The folder of the model that ships with the package."""
     from vilau.shipped import SHIPPED_MODEL
 
-    if not (SHIPPED_MODEL / "config.json").is_file():
-        pytest.skip("no model ships with this checkout yet")
+    assert (SHIPPED_MODEL / "config.json").is_file(), "the package ships without its model"
     return SHIPPED_MODEL
 
 

@@ -195,13 +195,9 @@ def _header(file: Path) -> dict[str, Any]:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {file}: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"cannot read {file}: it holds no JSON object")
-    return value
+    from vilau.checkpoints.shards import read_json
+
+    return read_json(file)
 
 
 def _licence(folder: Path) -> str:
