@@ -17,7 +17,7 @@ from vilau.data.sample import Sample, Turn, image, text, video
 from vilau.model import VilaUForConditionalGeneration
 from vilau.processing.encode import encode_sample
 from vilau.processing.processor import build_processor
-from vilau.training.config import OptimizerConfig, StageConfig
+from vilau.training.config import LanguageStageConfig, OptimizerConfig
 from vilau.training.language import LanguageStage, drops_text
 from vilau.training.optimizers import build_optimizers, lr_share, set_lr
 from vilau.training.vision_tower import to_pixel_values
@@ -58,7 +58,7 @@ def make_stage(make_model: Callable[..., Any], tokenizer: Any) -> Callable[..., 
         model = make_model(text=embedding | {"tie_word_embeddings": True})
         optimizer = OptimizerConfig(name="muon", lr=5e-3, warmup_steps=3)
         fields = {"steps": 20, "batch_size": 10, "row_length": 64, "text_dropout": 0.0, "optimizer": optimizer}
-        config = StageConfig(**(fields | settings))
+        config = LanguageStageConfig(**(fields | settings))
         return LanguageStage("pretrain", config, model, Plain(), build_processor(tokenizer, model.config), seed=3)
 
     return build

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from vilau.data.nano.world import ASSETS
 from vilau.modeling.vision_tower import VisionTower
-from vilau.training.config import OptimizerConfig, StageConfig
+from vilau.training.config import OptimizerConfig, TowerStageConfig
 from vilau.training.optimizers import build_optimizers, lr_share, set_lr
 from vilau.training.vision_tower import TowerStage, encode_captions, freeze, local_numbers, to_pixel_values
 
@@ -67,7 +67,7 @@ def make_stage(make_config: Callable[..., Any], tokenizer: Any) -> Callable[...,
             config = make_config(**kind | (tower_fields or {}))
             tower = VisionTower(config.vision_config)
         optimizer = OptimizerConfig(lr=3e-3, warmup_steps=3)
-        stage = StageConfig(**({"steps": 30, "batch_size": 16, "optimizer": optimizer} | settings))
+        stage = TowerStageConfig(**({"steps": 30, "batch_size": 16, "optimizer": optimizer} | settings))
         return TowerStage(name, stage, tower, Halves(), tokenizer, LENGTH)
 
     return build

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing_extensions import TypedDict, is_typeddict
 
 StageName = Literal["align", "vision_tower", "pretrain", "sft"]
 STAGE_ORDER: tuple[StageName, ...] = ("align", "vision_tower", "pretrain", "sft")
@@ -32,17 +33,20 @@ class OptimizerConfig(_Strict):
 
 
 class StageConfig(_Strict):
-    """One stage: how long, on what, with which losses."""
+    """What every stage has: how long, how large, how fast, and from which weights."""
 
     steps: int = Field(..., ge=1)
     batch_size: int = Field(..., ge=1, description="samples per step over all processes")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
-    mixture: dict[str, float] = Field(default_factory=dict, description="data form -> weight (pretrain, sft)")
-    jitter: float = Field(0.0, ge=0, description="random shift of objects, up to so many 1/32 of the side")
-    row_length: int = Field(128, ge=16, description="positions per packed row (pretrain, sft)")
-    text_dropout: float = Field(0.1, ge=0, le=1, description="share of prompts emptied for guidance")
-    text_weight: float = Field(1.0, ge=0)
-    visual_weight: float = Field(1.0, ge=0)
+    freeze: list[str] = Field(default_factory=list, description="regular expressions of parameters kept as they are")
+    init_from: str | None = Field(
+        None, description="folder of a finished stage; the previous stage of this run if absent"
+    )
+
+
+class TowerStageConfig(StageConfig):
+    """Stages `align` and `vision_tower`: the losses of eq. (1) and what learns."""
+
     contrastive: Literal["sigmoid", "softmax"] = "sigmoid"
     contrastive_weight: float = Field(1.0, ge=0)
     reconstruction_weight: float = Field(1.0, ge=0)
@@ -50,10 +54,28 @@ class StageConfig(_Strict):
     pixel_weight: float = Field(1.0, ge=0)
     train_text_encoder: bool = False
     train_image_encoder: bool = True
-    freeze: list[str] = Field(default_factory=list, description="regular expressions of parameters kept as they are")
-    init_from: str | None = Field(
-        None, description="folder of a finished stage; the previous stage of this run if absent"
-    )
+
+
+class LanguageStageConfig(StageConfig):
+    """Stages `pretrain` and `sft`: the mixture of data forms and the two losses of section 3.2."""
+
+    mixture: dict[str, float] = Field(default_factory=dict, description="data form -> weight")
+    jitter: float = Field(0.0, ge=0, description="random shift of objects, up to so many 1/32 of the side")
+    row_length: int = Field(128, ge=16, description="positions per packed row")
+    text_dropout: float = Field(0.1, ge=0, le=1, description="share of prompts emptied for guidance")
+    text_weight: float = Field(1.0, ge=0)
+    visual_weight: float = Field(1.0, ge=0)
+
+
+class Stages(TypedDict, total=False):
+    """The stages of a run by name; those that are absent are not trained."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+
+    align: TowerStageConfig
+    vision_tower: TowerStageConfig
+    pretrain: LanguageStageConfig
+    sft: LanguageStageConfig
 
 
 class DataConfig(_Strict):
@@ -75,7 +97,7 @@ class TrainConfig(_Strict):
     model: dict[str, Any] = Field(..., description="fields of VilaUConfig")
     text_encoder: dict[str, Any] = Field(..., description="fields of the SigLIP text encoder of stages 1")
     data: DataConfig = Field(default_factory=DataConfig)
-    stages: dict[StageName, StageConfig]
+    stages: Stages
     log_every: int = Field(10, ge=1)
     save_every: int = Field(200, ge=1, description="steps between checkpoints")
     sample_every: int = Field(500, ge=1, description="steps between sample pictures")
@@ -128,10 +150,25 @@ def _explain(item: Any) -> str:
             if item["type"] != "missing"
             else (f"{where} is missing")
         )
-    model: Any = TrainConfig
-    if item["loc"][0] == "data":
-        model = DataConfig
-    elif item["loc"][0] == "stages":
-        model = OptimizerConfig if "optimizer" in item["loc"] else StageConfig
-    near = difflib.get_close_matches(str(item["loc"][-1]), list(model.model_fields), 1, 0.0)
+    near = difflib.get_close_matches(str(item["loc"][-1]), _known_keys(item["loc"][:-1]), 1, 0.0)
     return f"unknown key {where!r}; did you mean {near[0]!r}?"
+
+
+def _known_keys(path: tuple[int | str, ...]) -> list[str]:
+    """Return the keys that may stand in the group of the configuration at `path`."""
+    group: Any = TrainConfig
+    for part in path:
+        for kind in (_fields(group).get(str(part), group), *get_args(_fields(group).get(str(part), group))):
+            if _fields(kind):
+                group = kind
+                break
+    return list(_fields(group))
+
+
+def _fields(kind: Any) -> dict[str, Any]:
+    """Return name and type of the fields of a group of keys; nothing for a plain value."""
+    if is_typeddict(kind):
+        return get_type_hints(kind)
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return {name: field.annotation for name, field in kind.model_fields.items()}
+    return {}

@@ -13,7 +13,7 @@ from vilau.data.sample import FORMS, Sample
 from vilau.modeling.vila_u import VilaULosses, VilaUModel
 from vilau.processing.encode import EncodedSample, encode_sample
 from vilau.training import parallel
-from vilau.training.config import StageConfig
+from vilau.training.config import LanguageStageConfig
 from vilau.training.stage import Stage, StepResult
 from vilau.training.vision_tower import freeze, local_numbers, to_pixel_values
 
@@ -35,8 +35,10 @@ class LanguageStage(Stage):
         seed: of the text dropout, which is a function of (seed, sample id).
     """
 
+    config: LanguageStageConfig
+
     def __init__(
-        self, name: str, config: StageConfig, model: VilaUModel, source: SampleSource, processor: Any, seed: int
+        self, name: str, config: LanguageStageConfig, model: VilaUModel, source: SampleSource, processor: Any, seed: int
     ) -> None:
         self.name, self.config, self.module = name, config, model
         self.model, self.source, self.processor, self.seed = model, source, processor, seed

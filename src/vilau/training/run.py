@@ -19,7 +19,7 @@ from vilau.modeling.vila_u import VilaUModel
 from vilau.modeling.vision_tower import VisionTower
 from vilau.processing.processor import build_processor
 from vilau.training import parallel
-from vilau.training.config import STAGE_ORDER, StageName, TrainConfig
+from vilau.training.config import STAGE_ORDER, LanguageStageConfig, StageName, TowerStageConfig, TrainConfig
 from vilau.training.engine import Engine, EngineOptions, SampleHook, is_finished
 from vilau.training.language import LanguageStage
 from vilau.training.model_config import build_config, build_text_encoder_config
@@ -93,25 +93,46 @@ def build_stage(config: TrainConfig, name: StageName, previous: Path | None, see
     source_folder = Path(settings.init_from) if settings.init_from else previous
     if source_folder is not None and not source_folder.is_dir():
         raise ValueError(f"stages.{name}.init_from: there is no folder {source_folder}")
-    world_folder = Path(config.data.world) if config.data.world else None
-    world = World.load(world_folder, objects=config.data.objects, styles=tuple(config.data.styles))
+    if isinstance(settings, TowerStageConfig):
+        return _tower_stage(config, name, settings, source_folder, seed)
+    return _language_stage(config, name, settings, source_folder, seed)
+
+
+def _tower_stage(
+    config: TrainConfig, name: StageName, settings: TowerStageConfig, folder: Path | None, seed: int
+) -> TowerStage:
+    tokenizer = load_tokenizer(config)
+    tower_config = build_config(config, tokenizer).vision_config
+    tower_config.text_encoder_config = build_text_encoder_config(config, tokenizer, tower_config.hidden_size)
+    tower = VisionTower.from_pretrained(folder) if folder else VisionTower(tower_config)
+    size = settings.steps * settings.batch_size
+    pictures = ImageTextDataset(_load_world(config), "train", seed, tower_config.image_size, size)
+    length = tower.config.text_encoder_config.max_position_embeddings
+    return TowerStage(name, settings, tower, pictures, tokenizer, length)
+
+
+def _language_stage(
+    config: TrainConfig, name: StageName, settings: LanguageStageConfig, folder: Path | None, seed: int
+) -> LanguageStage:
     tokenizer = load_tokenizer(config)
     model_config = build_config(config, tokenizer)
-    size = settings.steps * settings.batch_size
-    image_size = model_config.vision_config.image_size
-    if name in ("align", "vision_tower"):
-        tower_config = model_config.vision_config
-        tower_config.text_encoder_config = build_text_encoder_config(config, tokenizer, tower_config.hidden_size)
-        tower = VisionTower.from_pretrained(source_folder) if source_folder else VisionTower(tower_config)
-        pictures = ImageTextDataset(world, "train", seed, image_size, size)
-        length = tower.config.text_encoder_config.max_position_embeddings
-        return TowerStage(name, settings, tower, pictures, tokenizer, length)
-    model = load_language_stage(model_config, source_folder)
+    model = load_language_stage(model_config, folder)
     samples = NanoDataset(
-        world, settings.mixture, "train", seed, image_size, model_config.num_frames, settings.jitter, size
+        _load_world(config),
+        settings.mixture,
+        "train",
+        seed,
+        model_config.vision_config.image_size,
+        model_config.num_frames,
+        settings.jitter,
+        settings.steps * settings.batch_size,
     )
-    processor = build_processor(tokenizer, model.config)
-    return LanguageStage(name, settings, model, samples, processor, seed)
+    return LanguageStage(name, settings, model, samples, build_processor(tokenizer, model.config), seed)
+
+
+def _load_world(config: TrainConfig) -> World:
+    folder = Path(config.data.world) if config.data.world else None
+    return World.load(folder, objects=config.data.objects, styles=tuple(config.data.styles))
 
 
 def load_tokenizer(config: TrainConfig) -> Any:

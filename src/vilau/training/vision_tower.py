@@ -14,7 +14,7 @@ import torch
 
 from vilau.modeling.vision_tower import VisionTower
 from vilau.training import parallel
-from vilau.training.config import StageConfig
+from vilau.training.config import TowerStageConfig
 from vilau.training.losses import contrastive_loss, pixel_loss
 from vilau.training.stage import Stage, StepResult
 
@@ -45,10 +45,12 @@ class TowerStage(Stage):
         text_length: tokens that the text encoder reads; longer captions are cut.
     """
 
+    config: TowerStageConfig
+
     def __init__(
         self,
         name: str,
-        config: StageConfig,
+        config: TowerStageConfig,
         tower: VisionTower,
         source: ImageTextSource,
         tokenizer: Any,
