@@ -27,7 +27,6 @@ from vilau.training.checkpoint import (
     state_digest,
 )
 from vilau.training.metrics import MetricLog
-from vilau.training.optimizers import build_optimizers, lr_share, set_lr
 from vilau.training.stage import Stage
 from vilau.training.stopping import StopRequested, StopSignal, mark_stopped
 
@@ -103,7 +102,7 @@ class Engine:
         """
         if is_finished(self.options.folder):
             return self.result
-        self.optimizers = build_optimizers(self.stage.module, self.stage.config.optimizer)
+        self.optimizers = self.stage.build_optimizers()
         self._resume()
         self._loop()
         self._on_first(self._finish)
@@ -123,7 +122,7 @@ class Engine:
         if path is None:
             return
         try:
-            state = load_checkpoint(path, self.stage.module, self.optimizers)
+            state = load_checkpoint(path, self.stage.state_module, self.optimizers)
         except ValueError as error:
             raise TrainingError(str(error)) from error
         self.step = int(state["step"])
@@ -190,10 +189,9 @@ class Engine:
             ) from error
 
     def _train_step(self, batch: Any) -> dict[str, tuple[float, float]]:
-        config = self.stage.config
         torch.manual_seed(step_seed(self.options.seed, self.step, parallel.rank()))
         self.stage.train_mode()
-        set_lr(self.optimizers, lr_share(self.step, config.steps, config.optimizer))
+        self.stage.set_learning_rates(self.optimizers, self.step)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         result = self.stage.compute(batch, self.step)
@@ -202,15 +200,16 @@ class Engine:
         if where:
             raise self._not_finite("loss", f" on process {', '.join(map(str, where))}")
         result.loss.backward()
-        parameters = [p for o in self.optimizers for g in o.param_groups for p in g["params"]]
-        parallel.sum_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_norm)
-        if parallel.any_rank(not math.isfinite(float(norm))):
+        groups = self.stage.clip_groups(self.optimizers)
+        parallel.sum_gradients([p for group in groups for p in group.parameters])
+        norms = {g.name: float(torch.nn.utils.clip_grad_norm_(g.parameters, g.norm)) for g in groups}
+        if parallel.any_rank(not all(map(math.isfinite, norms.values()))):
             raise self._not_finite("gradient", "")
         for optimizer in self.optimizers:
             optimizer.step()
+        self.stage.after_step(self.step)
         sums = _reduce(result.sums)
-        sums["grad_norm"] = (float(norm), 1.0)
+        sums.update({f"grad_norm/{name}" if name else "grad_norm": (norm, 1.0) for name, norm in norms.items()})
         return sums
 
     def _not_finite(self, what: str, where: str) -> TrainingError:
@@ -221,12 +220,12 @@ class Engine:
 
     def _save(self) -> None:
         folder, keep = self.options.folder / "checkpoints", self.options.keep_checkpoints
-        save_checkpoint(folder, self.step, self.stage.module, self.optimizers, self._facts(), keep)
+        save_checkpoint(folder, self.step, self.stage.state_module, self.optimizers, self._facts(), keep)
 
     def _draw_samples(self) -> None:
         if self.options.sample_hook is not None and parallel.rank() == 0:
             self.stage.module.eval()
-            with torch.no_grad():
+            with torch.no_grad(), self.stage.evaluation_weights():
                 self.options.sample_hook(self.stage, self.step, self.options.folder / "samples")
         parallel.barrier()
 
@@ -235,11 +234,12 @@ class Engine:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         self.stage.module.eval()
-        self.stage.save_result(beside)
+        with self.stage.evaluation_weights():
+            self.stage.save_result(beside)
         facts = {
             "stage": self.stage.name,
             "steps": self.step,
-            "digest": state_digest(self.stage.module, self.optimizers),
+            "digest": state_digest(self.stage.state_module, self.optimizers),
         }
         (beside / "training.json").write_text(json.dumps(facts, indent=1))
         seal(beside)

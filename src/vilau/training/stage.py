@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from vilau.training.config import StageConfig
+from vilau.training.optimizers import build_optimizers, lr_share, set_lr
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,50 @@ class StepResult:
     sums: Mapping[str, tuple[torch.Tensor | float, torch.Tensor | float]]
 
 
+@dataclass(frozen=True)
+class ClipGroup:
+    """Parameters whose gradients are clipped together to `norm`; `name` marks the reported norm, "" the main one."""
+
+    name: str
+    parameters: Sequence[nn.Parameter]
+    norm: float
+
+
 class Stage(ABC):
-    """A stage owns a module, knows how to make batch `n` and its loss, and writes its result."""
+    """A stage owns a module, knows how to make batch `n` and its loss, and writes its result.
+
+    `module` is what is trained for its own sake. A stage with more state (a discriminator, averaged weights) shows all
+    of it in `state_module`, which checkpoints and digests cover.
+    """
 
     name: str
     config: StageConfig
     module: nn.Module
+
+    @property
+    def state_module(self) -> nn.Module:
+        """All weights and buffers that a resumed run needs."""
+        return self.module
+
+    def build_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return the optimizers; called once, before a checkpoint is read and after the module was placed."""
+        return build_optimizers(self.module, self.config.optimizer)
+
+    def set_learning_rates(self, optimizers: list[torch.optim.Optimizer], step: int) -> None:
+        """Set the learning rates of a 0-based step."""
+        set_lr(optimizers, lr_share(step, self.config.steps, self.config.optimizer))
+
+    def clip_groups(self, optimizers: list[torch.optim.Optimizer]) -> list[ClipGroup]:
+        """Return which gradients are clipped together; every parameter of the optimizers is in one group."""
+        parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        return [ClipGroup("", parameters, self.config.optimizer.clip_norm)]
+
+    def after_step(self, step: int) -> None:  # noqa: B027 - most stages have nothing to do here
+        """Do what follows the update of a 0-based step, for instance move averaged weights."""
+
+    def evaluation_weights(self) -> AbstractContextManager[None]:
+        """Return a context in which `module` has the weights that are validated and exported."""
+        return nullcontext()
 
     @abstractmethod
     def make_batch(self, step: int, rank: int, world_size: int) -> Any:
