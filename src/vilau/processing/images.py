@@ -32,6 +32,18 @@ MAX_PIXELS = 64_000_000
 
 ImageSource = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 SquareMode = Literal["squash", "crop"]
+MediaFault = Literal["empty", "wrong_type", "too_large", "broken"]
+
+
+class MediaError(ValueError):
+    """A picture or film cannot be used; ``kind`` says in one word why."""
+
+    def __init__(self, message: str, kind: MediaFault) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[type[MediaError], tuple[str, MediaFault]]:
+        return MediaError, (str(self), self.kind)
 
 
 def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -55,7 +67,7 @@ def open_media(source: str | os.PathLike[str] | bytes, what: str) -> tuple[str, 
     """Open a path or bytes for reading, with a name for messages; refuses folders, special files and empty files."""
     if isinstance(source, bytes | bytearray | memoryview):
         if not len(source):
-            raise ValueError(f"cannot read the given data as a {what}: it is empty")
+            raise MediaError(f"cannot read the given data as a {what}: it is empty", "empty")
         return "the given data", io.BytesIO(source)
     if not isinstance(source, str | os.PathLike):
         raise ValueError(f"a {what} must be a path, bytes, a PIL image or an array: {type(source).__name__} given")
@@ -65,9 +77,9 @@ def open_media(source: str | os.PathLike[str] | bytes, what: str) -> tuple[str, 
     if not path.exists():
         raise FileNotFoundError(f"no such file: {path}")
     if not path.is_file():
-        raise ValueError(f"cannot read {path} as a {what}: it is not a regular file")
+        raise MediaError(f"cannot read {path} as a {what}: it is not a regular file", "wrong_type")
     if path.stat().st_size == 0:
-        raise ValueError(f"cannot read {path} as a {what}: the file is empty")
+        raise MediaError(f"cannot read {path} as a {what}: the file is empty", "empty")
     return str(path), open(path, "rb")
 
 
@@ -75,11 +87,12 @@ def check_pixels(size: tuple[int, int], max_pixels: int, name: str) -> None:
     """``ValueError`` for a picture with no or too many pixels."""
     width, height = size
     if width < 1 or height < 1:
-        raise ValueError(f"cannot read {name}: it is {width}x{height} pixels")
+        raise MediaError(f"cannot read {name}: it is {width}x{height} pixels", "empty")
     if width * height > max_pixels:
-        raise ValueError(
+        raise MediaError(
             f"{name} has {width}x{height} pixels ({width * height / 1e6:.0f} megapixels), more than the limit of "
-            f"{max_pixels / 1e6:g} megapixels: make it smaller"
+            f"{max_pixels / 1e6:g} megapixels: make it smaller",
+            "too_large",
         )
 
 
@@ -89,13 +102,15 @@ def _open(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(file, formats=IMAGE_FORMATS)
     except Image.DecompressionBombError as error:
-        raise ValueError(f"cannot read {name} as a picture: over {max_pixels / 1e6:g} megapixels ({error})") from error
+        message = f"cannot read {name} as a picture: over {max_pixels / 1e6:g} megapixels ({error})"
+        raise MediaError(message, "too_large") from error
     except Image.UnidentifiedImageError as error:
-        raise ValueError(
-            f"cannot read {name} as a picture: it is none of JPEG, PNG, WebP, GIF, BMP, or its header is broken"
+        raise MediaError(
+            f"cannot read {name} as a picture: it is none of JPEG, PNG, WebP, GIF, BMP, or its header is broken",
+            "wrong_type",
         ) from error
     except Exception as error:
-        raise ValueError(f"cannot read {name} as a picture: {error}") from error
+        raise MediaError(f"cannot read {name} as a picture: {error}", "broken") from error
     check_pixels(image.size, max_pixels, name)
     return image
 
@@ -105,7 +120,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         image.load()
         return to_rgb(_upright(image))
     except Exception as error:  # decoders raise OSError, SyntaxError, EOFError, struct.error ... on broken files
-        raise ValueError(f"cannot read {name} as a picture: {error or type(error).__name__}") from error
+        raise MediaError(f"cannot read {name} as a picture: {error or type(error).__name__}", "broken") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -19,6 +19,7 @@ from PIL import Image
 from .images import (
     MAX_PIXELS,
     ImageSource,
+    MediaError,
     SquareMode,
     atomic_path,
     check_pixels,
@@ -83,7 +84,8 @@ def load_video(
         length = file.seek(0, os.SEEK_END)
         file.seek(0)
         if kind is None:
-            raise ValueError(f"cannot read {name} as a film: it is none of mp4, mov, webm, mkv, avi, gif, webp")
+            message = f"cannot read {name} as a film: it is none of mp4, mov, webm, mkv, avi, gif, webp"
+            raise MediaError(message, "wrong_type")
         declared = _declared_length(head, kind)
         if declared is not None and declared > length:
             raise ValueError(f"cannot read {name} as a film: it is truncated ({length} of {declared} bytes)")
@@ -159,7 +161,8 @@ def _squared(image: Image.Image, size: int | None, mode: SquareMode) -> Image.Im
 
 def _check_count(count: int, limits: VideoLimits, name: str) -> None:
     if count > limits.max_frames:
-        raise ValueError(f"{name} has more frames than the limit of {limits.max_frames}: cut it shorter")
+        message = f"{name} has more frames than the limit of {limits.max_frames}: cut it shorter"
+        raise MediaError(message, "too_large")
 
 
 def _load_animation(
@@ -178,9 +181,10 @@ def _load_animation(
     count = int(getattr(image, "n_frames", 1))
     _check_count(count, limits, name)
     if count * image.width * image.height > limits.max_total_pixels:
-        raise ValueError(
+        raise MediaError(
             f"{name} has {count} frames of {image.width}x{image.height} pixels, more than the limit of "
-            f"{limits.max_total_pixels / 1e9:g} thousand megapixels: make it smaller or shorter"
+            f"{limits.max_total_pixels / 1e9:g} thousand megapixels: make it smaller or shorter",
+            "too_large",
         )
     indices = frame_indices(count, num_frames)
     kept: dict[int, Image.Image] = {}
@@ -231,8 +235,9 @@ def _load_container(
         check_pixels((stream.codec_context.width, stream.codec_context.height), limits.max_pixels, name)
         seconds = max((container.duration or 0) / av.time_base, float((stream.duration or 0) * (stream.time_base or 0)))
         if seconds > limits.max_seconds:
-            raise ValueError(
-                f"{name} is {seconds:.0f} seconds long, more than the limit of {limits.max_seconds:g}: cut it shorter"
+            raise MediaError(
+                f"{name} is {seconds:.0f} seconds long, more than the limit of {limits.max_seconds:g}: cut it shorter",
+                "too_large",
             )
         _check_count(stream.frames, limits, name)
         times, keys = _packet_times(container, stream, limits, name)

@@ -1,0 +1,1 @@
+"""Data as people have it: one file per format, each turned into :class:`~vilau.data.sample.Sample`."""
