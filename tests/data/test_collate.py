@@ -138,3 +138,21 @@ def test_errors_name_what_is_wrong() -> None:
     other = EncodedSample(**{**vars(encoded("e", 5, 1)), "frames": np.zeros((1, 8, 8, 3), np.uint8)})
     with pytest.raises(ValueError, match="different sizes"):
         collate([SAMPLES[0], other], 16, PAD)
+
+
+def test_codes_take_the_place_of_pixels_in_the_order_of_the_rows() -> None:
+    """Codes read beforehand arrive as ``codes`` in the rows' order; pixels beside codes in one batch are refused."""
+    coded = [
+        EncodedSample(**{**vars(sample), "frames": np.zeros((0, 0, 0, 3), np.uint8), "codes": codes})
+        for sample, codes in ((SAMPLES[0], np.full((1, P, 3), 1)), (SAMPLES[1], np.full((2, P, 3), 2)))
+    ]
+    batch = collate([coded[0], SAMPLES[2], coded[1]], 16, PAD)
+    order = [1 if length == 5 else 2 for _, start, stop in spans(batch) if (length := stop - start) in (5, 9)]
+    expected = [value for number in order for value in [number] * number]
+    assert batch.codes.shape == (3, P, 3) and batch.codes[:, 0, 0].tolist() == expected
+    assert batch.frames.shape == (0, 0, 0, 3) and collate([SAMPLES[0]], 16, PAD).codes.shape == (0, 0, 0)
+    with pytest.raises(ValueError, match="sample a brings codes and sample d pixels"):
+        collate([coded[0], SAMPLES[3]], 16, PAD)
+    deeper = EncodedSample(**{**vars(coded[1]), "codes": np.zeros((2, P, 4), np.int64)})
+    with pytest.raises(ValueError, match="different shapes"):
+        collate([coded[0], deeper], 16, PAD)

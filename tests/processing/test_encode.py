@@ -191,3 +191,20 @@ def test_errors_name_the_sample_and_the_reason() -> None:
 def test_broken_unicode_is_replaced() -> None:
     """JSON can carry half of a surrogate pair, which is no text: it becomes U+FFFD instead of an exception."""
     assert TOKENIZER.decode(encode_text(TOKENIZER, "a\ud83db")) == "a\ufffdb"
+
+
+def test_codes_stand_where_their_pictures_would() -> None:
+    """A sample whose pictures were read beforehand has the same sequence, and its codes in place of frames."""
+    codes = [np.arange(P * 3, dtype=np.int16).reshape(P, 3) + value for value in (0, 50)]
+    turns = (("user", (image(), text("a"), image(1))), ("assistant", (text("b"),)))
+    swapped = (("user", (Part("image", frames=(codes[0],)), text("a"), Part("image", frames=(codes[1],)))), turns[1])
+    plain, coded = encode(sample("question", *turns)), encode(sample("question", *swapped))
+    assert np.array_equal(plain.input_ids, coded.input_ids) and np.array_equal(plain.kinds, coded.kinds)
+    assert coded.frames.shape == (0, 0, 0, 3) and np.array_equal(coded.codes, np.stack(codes))
+    assert coded.codes.dtype == np.int64 and plain.codes.shape == (0, 0, 0)
+    mixed = (("user", (image(), Part("image", frames=(codes[0],)))), turns[1])
+    with pytest.raises(ValueError):
+        encode(sample("question", *mixed))
+    wrong = (("user", (Part("image", frames=(codes[0][:2],)),)), turns[1])
+    with pytest.raises(ValueError, match="encode the frames anew"):
+        encode(sample("question", *wrong))

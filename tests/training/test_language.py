@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +186,16 @@ def test_result_is_a_model_that_generates(make_stage: Callable[..., LanguageStag
     inputs = processor.apply_chat_template([{"role": "user", "content": "a red picture"}], generation_mode="image")
     out = model.generate(**inputs, generation_mode="image", guidance_scale=1.0)
     assert out.pixel_values.shape == (1, 3, 16, 16)
+
+
+@torch.no_grad()
+def test_codes_read_beforehand_give_the_same_losses(make_stage: Callable[..., LanguageStage]) -> None:
+    """A batch of codes in place of pixels has the same losses, bit for bit, and the tower is not asked."""
+    stage = make_stage()
+    stage.train_mode()
+    batch = stage.make_batch(0, 0, 1)
+    codes = stage.model.vision_tower.encode(to_pixel_values(batch.frames))
+    coded = replace(batch, frames=batch.frames[:0], codes=codes)
+    expected = stage.compute(batch, 0).loss
+    stage.model.vision_tower.encode = None  # type: ignore[assignment, method-assign]
+    assert torch.equal(stage.compute(coded, 0).loss, expected)

@@ -31,7 +31,9 @@ class Batch:
     position_ids: ``(R, L)`` int64, restarting at 0 with every sample and with the padding
     text_targets, visual_targets: ``(R, L)`` bool; this position is predicted from the position before it
     frames: ``(F, S, S, 3)`` uint8 in row-major order of the visual positions, P positions each; ``(0, 0, 0, 3)``
-    without frames
+    without frames of pixels
+    codes: ``(F, P, D)`` int64 in the same order, in place of ``frames`` where a vision tower has read them already;
+    ``(0, 0, 0)`` otherwise
     form_ids: ``(R, L)`` int64, index into ``data.sample.FORMS`` of the sample at each position; -1 at padding
     sample_ids, forms: of the samples, in the order in which they were given (not the order of the rows)
     """
@@ -42,6 +44,7 @@ class Batch:
     text_targets: torch.Tensor
     visual_targets: torch.Tensor
     frames: torch.Tensor
+    codes: torch.Tensor
     form_ids: torch.Tensor
     sample_ids: tuple[str, ...]
     forms: tuple[str, ...]
@@ -101,6 +104,15 @@ def _check(samples: Sequence[EncodedSample]) -> None:
         assert not (sample.text_targets[0] or sample.visual_targets[0]), (
             f"sample {sample.sample_id}: its first position is a target, which only another sample could predict"
         )
+    coded = [sample for sample in samples if len(sample.codes)]
+    if coded and len(coded) < sum(len(sample.frames) + len(sample.codes) > 0 for sample in samples):
+        pixels = next(sample for sample in samples if len(sample.frames))
+        raise ValueError(
+            f"sample {coded[0].sample_id} brings codes and sample {pixels.sample_id} pixels: one batch holds one of "
+            "the two; encode all sources with `vilau data codes` or none"
+        )
+    if len({sample.codes.shape[1:] for sample in coded}) > 1:
+        raise ValueError("codes of different shapes in one batch: encode all sources with one vision tower")
     sizes = {sample.frames.shape[1:] for sample in samples if len(sample.frames)}
     if len(sizes) > 1:
         raise ValueError(f"frames of different sizes {sorted(sizes)} in one batch: resize them to one image_size first")
@@ -117,6 +129,7 @@ def _build(
     visual_targets = np.zeros(shape, dtype=bool)
     form_ids = np.full(shape, -1, dtype=np.int64)
     frames: list[np.ndarray] = []
+    codes: list[np.ndarray] = []
     for row, members in enumerate(rows):
         at = starts[row]
         position_ids[row, :at] = np.arange(at)
@@ -131,6 +144,8 @@ def _build(
             form_ids[row, span] = FORMS.index(sample.form)
             if len(sample.frames):
                 frames.append(sample.frames)
+            if len(sample.codes):
+                codes.append(sample.codes)
             at += len(sample)
         position_ids[row, at:] = np.arange(length - at)
     pixels = np.concatenate(frames) if frames else np.zeros((0, 0, 0, 3), dtype=np.uint8)
@@ -141,6 +156,7 @@ def _build(
         text_targets=torch.from_numpy(text_targets),
         visual_targets=torch.from_numpy(visual_targets),
         frames=torch.from_numpy(pixels),
+        codes=torch.from_numpy(np.concatenate(codes) if codes else np.zeros((0, 0, 0), dtype=np.int64)),
         form_ids=torch.from_numpy(form_ids),
         sample_ids=tuple(sample.sample_id for sample in samples),
         forms=tuple(sample.form for sample in samples),

@@ -29,8 +29,8 @@ class Part:
     Args:
         kind: ``"text"``, ``"image"`` or ``"video"``.
         text: the words; only for ``"text"``.
-        frames: arrays ``(S, S, 3)`` uint8 RGB; exactly one for ``"image"``, one or more for ``"video"``, none for
-            ``"text"``.
+        frames: arrays ``(H, W, 3)`` uint8 RGB, or ``(P, D)`` of integers: the codes of a frame that a vision tower has
+            read already. Exactly one for ``"image"``, one or more for ``"video"``, none for ``"text"``.
 
     Raises:
         ValueError: the kind is unknown, or text and frames do not fit it.
@@ -58,9 +58,10 @@ class Part:
         if self.kind == "video" and not self.frames:
             raise ValueError("a video part holds no frames, but needs at least 1")
         for frame in self.frames:
-            if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8:
+            pixels = frame.ndim == 3 and frame.shape[2] == 3 and frame.dtype == np.uint8
+            if not pixels and not holds_codes(frame):
                 raise ValueError(
-                    f"a frame has shape {tuple(frame.shape)} and type {frame.dtype}, but needs (S, S, 3) and uint8: "
+                    f"a frame has shape {tuple(frame.shape)} and type {frame.dtype}, but needs (H, W, 3) and uint8: "
                     "convert it to RGB bytes"
                 )
 
@@ -99,8 +100,13 @@ class Sample:
 
     @property
     def frames(self) -> tuple[np.ndarray, ...]:
-        """All frames ``(S, S, 3)`` uint8 of all parts, in order of appearance."""
+        """All frames of all parts, pixels or codes, in order of appearance."""
         return tuple(frame for turn in self.turns for part in turn.parts for frame in part.frames)
+
+
+def holds_codes(frame: np.ndarray) -> bool:
+    """Return whether a frame is the codes ``(P, D)`` of a picture and not its pixels."""
+    return frame.ndim == 2 and np.issubdtype(frame.dtype, np.signedinteger)
 
 
 def text(words: str) -> Part:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ..configuration import PositionKind
-from ..data.sample import Sample, Turn
+from ..data.sample import Sample, Turn, holds_codes
 from .templates import ChatTemplate, GenerationMode, Segment
 
 VISUAL_TARGET_FORMS: frozenset[str] = frozenset({"text_image", "text_video"})
@@ -31,6 +31,7 @@ class EncodedSample:
     text_targets: ``(L,)`` bool; this position's token is a supervised text target (predicted from the position before)
     visual_targets: ``(L,)`` bool; this position's codes are supervised visual targets
     frames: ``(F, S, S, 3)`` uint8 RGB in order of appearance; frame f owns the f-th P visual positions; F may be 0
+    codes: ``(F, P, D)`` int64 in place of ``frames`` where a vision tower has read them already, else ``(0, 0, 0)``
     """
 
     sample_id: str
@@ -40,6 +41,7 @@ class EncodedSample:
     text_targets: np.ndarray
     visual_targets: np.ndarray
     frames: np.ndarray
+    codes: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 0), dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -185,6 +187,7 @@ def _encode(
         raise ValueError("the sequence is empty: its template and its text give no token")
     is_visual = np.asarray(visual, dtype=bool)
     is_target = np.asarray(target, dtype=bool)
+    pixels, codes = _stack(frames), _stack_codes(frames, positions_per_frame)
     is_target[0] = False  # nothing stands before the first position that could predict it
     return EncodedSample(
         sample_id=sample_id,
@@ -193,13 +196,14 @@ def _encode(
         kinds=np.where(is_visual, int(PositionKind.VISUAL), int(PositionKind.TEXT)).astype(np.int8),
         text_targets=is_target & ~is_visual,
         visual_targets=is_target & is_visual & draws,
-        frames=_stack(frames),
+        frames=pixels,
+        codes=codes,
     )
 
 
 def _stack(frames: Sequence[np.ndarray]) -> np.ndarray:
-    """``F`` frames -> ``(F, S, S, 3)`` uint8; ``(0, 0, 0, 3)`` without frames."""
-    if not frames:
+    """``F`` frames -> ``(F, S, S, 3)`` uint8; ``(0, 0, 0, 3)`` without frames of pixels."""
+    if not frames or holds_codes(frames[0]):
         return np.zeros((0, 0, 0, 3), dtype=np.uint8)
     shape = frames[0].shape
     for index, frame in enumerate(frames):
@@ -208,3 +212,19 @@ def _stack(frames: Sequence[np.ndarray]) -> np.ndarray:
         if frame.shape != shape:
             raise ValueError(f"frame {index} is {frame.shape} where frame 0 is {shape}: all frames must have one size")
     return np.stack(frames)
+
+
+def _stack_codes(frames: Sequence[np.ndarray], positions: int) -> np.ndarray:
+    """Codes of ``F`` frames -> ``(F, P, D)`` int64; ``(0, 0, 0)`` where the frames are pixels."""
+    if not frames or not holds_codes(frames[0]):
+        return np.zeros((0, 0, 0), dtype=np.int64)
+    depth = frames[0].shape[1]
+    for index, frame in enumerate(frames):
+        if not holds_codes(frame):
+            raise ValueError(f"frame {index} holds pixels where frame 0 holds codes: encode all frames or none")
+        if frame.shape != (positions, depth):
+            raise ValueError(
+                f"frame {index} holds codes {frame.shape}, the model needs {(positions, depth)}: "
+                "encode the frames anew with its own vision tower"
+            )
+    return np.stack(frames).astype(np.int64)

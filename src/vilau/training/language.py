@@ -71,6 +71,7 @@ class LanguageStage(Stage):
             batch.kinds,
             batch.text_targets,
             batch.visual_targets,
+            codes=batch.codes if len(batch.codes) else None,
             pixel_values=frames,
             position_ids=batch.position_ids,
         )
