@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,10 +58,14 @@ class JudgeNet(nn.Module):
         self.object_head = nn.Linear(8 * width, objects)
         self.background_head = nn.Linear(8 * width, backgrounds)
 
+    def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return what the heads see ``(N, 8 * width)`` of pictures ``(N, 3, S, S)`` in [-1, 1]."""
+        maps = self.body(pixel_values)
+        return torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1)
+
     def forward(self, pixel_values: torch.Tensor) -> Verdict:
         """Judge pictures ``(N, 3, S, S)`` in [-1, 1]."""
-        maps = self.body(pixel_values)
-        seen = self.dropout(torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1))
+        seen = self.dropout(self.features(pixel_values))
         return Verdict(self.object_head(seen).log_softmax(-1), self.background_head(seen).log_softmax(-1))
 
 
@@ -102,13 +107,21 @@ class Judge:
     @torch.no_grad()
     def look(self, pixel_values: torch.Tensor, chunk: int = 256) -> Verdict:
         """Judge pictures ``(N, 3, S, S)`` in [-1, 1]; another size than the judge's is resized to it."""
+        parts = [self.net(part) for part in self._fitting(pixel_values, chunk)]
+        return Verdict(torch.cat([p.objects for p in parts]), torch.cat([p.backgrounds for p in parts]))
+
+    @torch.no_grad()
+    def features(self, pixel_values: torch.Tensor, chunk: int = 256) -> torch.Tensor:
+        """Return the net's features ``(N, F)`` of pictures ``(N, 3, S, S)`` in [-1, 1], for a Fréchet distance."""
+        return torch.cat([self.net.features(part) for part in self._fitting(pixel_values, chunk)])
+
+    def _fitting(self, pixel_values: torch.Tensor, chunk: int) -> Iterator[torch.Tensor]:
+        """Yield some pictures at a time at the judge's size."""
         size = (self.image_size, self.image_size)
-        parts = []
         for part in pixel_values.detach().to("cpu", torch.float32).clamp(-1, 1).split(chunk):
             if part.shape[-2:] != size:
                 part = F.interpolate(part, size, mode="bicubic", antialias=True).clamp(-1, 1)
-            parts.append(self.net(part))
-        return Verdict(torch.cat([p.objects for p in parts]), torch.cat([p.backgrounds for p in parts]))
+            yield part
 
     def name(self, pixel_values: torch.Tensor) -> list[tuple[str, str]]:
         """Return (object, background) of each picture ``(N, 3, S, S)``."""
