@@ -25,7 +25,9 @@ class PositionKind(IntEnum):
 
 ENCODER_TYPES = ("siglip", "conv")
 STEMS = ("patch", "conv")
-QUANTIZERS = ("rq",)
+QUANTIZERS = ("rq", "mcq", "none")
+CODEBOOK_LEARNING = ("ema", "gradient")
+CODEBOOK_INITS = ("kmeans", "data", "random")
 
 
 @strict
@@ -41,11 +43,18 @@ class VisionTowerConfig(PreTrainedConfig):
         stem: `patch` (one strided convolution, as released) or `conv` (strided 3x3 convolutions, for small models).
         zero_init_residual: start every residual branch of the image encoder at zero.
         code_dim: width `C` of the codes; `None` means the encoder's width and no linear maps (as released).
-        quantizer: `rq`, residual quantization, eq. (2)-(4); depth 1 is plain vector quantization.
-        depth: residual depth `D`.
+        quantizer: `rq`, residual quantization, eq. (2)-(4), depth 1 being plain vector quantization; `mcq`, one
+            codebook of width `C / D` for each of `D` chunks of channels; `none`, continuous tokens, for understanding
+            only.
+        depth: codes per position, `D`.
         codebook_size: `K`, number of vectors per codebook.
-        shared_codebook: one codebook for all depths (paper) or one per depth.
-        ema_decay, restart_unused_codes: codebook learning by exponential moving average.
+        shared_codebook: with `rq`, one codebook for all depths (paper) or one per depth.
+        codebook_learning: `ema`, moving averages, or `gradient`, a frozen basis times a learned matrix (SimVQ).
+        codebook_init: the first training batch sets the codes by `kmeans` or by random features of it (`data`), or
+            they start `random`.
+        ema_decay, restart_unused_codes: of codebook learning `ema`.
+        code_noise: probability that, in training, a code is replaced in what the pixel decoder sees.
+        code_noise_neighbours: draw the replacement among so many nearest codes; 0 means among all.
         commitment_weight: weight of the commitment loss (RQ-VAE).
         latent_size: side of the decoder's latent map; `None` means the encoder's grid. When it differs, the quantised
             map is resized bilinearly (27 -> 24 in the released 384 px model).
@@ -71,8 +80,12 @@ class VisionTowerConfig(PreTrainedConfig):
     depth: int = 4
     codebook_size: int = 16384
     shared_codebook: bool = True
+    codebook_learning: str = "ema"
+    codebook_init: str = "kmeans"
     ema_decay: float = 0.99
     restart_unused_codes: bool = True
+    code_noise: float = 0.0
+    code_noise_neighbours: int = 0
     commitment_weight: float = 0.25
     latent_size: int | None = None
     decoder_channels: int = 128
@@ -92,10 +105,7 @@ class VisionTowerConfig(PreTrainedConfig):
             self.text_encoder_config = SiglipTextConfig(**self.text_encoder_config)
         _one_of("encoder_type", self.encoder_type, ENCODER_TYPES)
         _one_of("stem", self.stem, STEMS)
-        _one_of("quantizer", self.quantizer, QUANTIZERS)
-        for name in ("depth", "codebook_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        self._check_quantizer()
         if self.grid < 1:
             raise ValueError(f"image_size {self.image_size} is smaller than patch_size {self.patch_size}")
         if self.stem == "conv" and self.image_size % self.patch_size:
@@ -113,6 +123,28 @@ class VisionTowerConfig(PreTrainedConfig):
                 "set latent_size or the number of decoder_multipliers to match"
             )
         super().__post_init__(**kwargs)
+
+    def _check_quantizer(self) -> None:
+        _one_of("quantizer", self.quantizer, QUANTIZERS)
+        _one_of("codebook_learning", self.codebook_learning, CODEBOOK_LEARNING)
+        _one_of("codebook_init", self.codebook_init, CODEBOOK_INITS)
+        for name in ("depth", "codebook_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("ema_decay", "code_noise"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        if not 0 <= self.code_noise_neighbours < self.codebook_size:
+            raise ValueError(
+                f"code_noise_neighbours is {self.code_noise_neighbours}; it must be at least 0 and below "
+                f"codebook_size, {self.codebook_size}"
+            )
+        if self.quantizer == "mcq" and self.code_width % self.depth:
+            raise ValueError(
+                f"quantizer 'mcq' cuts the {self.code_width} channels of a code into {self.depth} equal chunks, which "
+                f"leaves a rest of {self.code_width % self.depth}; set code_dim to a multiple of depth, or depth to a "
+                "divisor of it"
+            )
 
     def _check_conv_encoder(self) -> None:
         shrink = 2 ** (len(self.decoder_multipliers) - 1)
@@ -153,6 +185,11 @@ class VisionTowerConfig(PreTrainedConfig):
     def hidden_size(self) -> int:
         """Width of the image encoder."""
         return int(self.image_encoder_config.hidden_size)
+
+    @property
+    def discrete(self) -> bool:
+        """Whether pictures become codes; continuous tokens can be read, but neither drawn nor predicted."""
+        return self.quantizer != "none"
 
     @property
     def code_width(self) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vilau.modeling.quantizer import ResidualQuantizer
+from vilau.modeling.quantizer import CodebookOptions, ResidualQuantizer
 
 SEED = 7
 
@@ -16,7 +16,7 @@ SEED = 7
 def build(shared: bool = True, depth: int = 4, size: int = 32, width: int = 6, **kwargs: object) -> ResidualQuantizer:
     """A small quantizer with a random codebook that is taken as initialised."""
     torch.manual_seed(SEED)
-    quantizer = ResidualQuantizer(size, width, depth, shared, **kwargs)
+    quantizer = ResidualQuantizer(size, width, depth, shared, CodebookOptions(**kwargs))
     quantizer.initialised.fill_(1)
     return quantizer
 
@@ -50,7 +50,7 @@ def test_search_in_chunks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     quantizer = build()
     z_e = torch.randn(50, 6)
     whole = quantizer.encode(z_e)
-    monkeypatch.setattr("vilau.modeling.quantizer._CHUNK_ENTRIES", 32 * 7)
+    monkeypatch.setattr("vilau.modeling.codebook_search._CHUNK_ENTRIES", 32 * 7)
     assert torch.equal(quantizer.encode(z_e), whole)
 
 

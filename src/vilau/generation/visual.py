@@ -96,6 +96,6 @@ def _depth_steps(
             logits = guided_logits(logits, options.guidance_scale)
         code = draw_codes(filter_logits(logits, options), seeds, position, depth)
         codes.append(code)
-        partial = partial + quantizer.book(depth)[code]
+        partial = partial + quantizer.code_vectors(code, depth)
         x = (torch.cat([partial, partial]) if guided else partial).to(hidden.dtype)
     return torch.stack(codes, 1)

@@ -1,108 +1,79 @@
-"""Residual quantization of encoder features with a codebook learned by moving averages (paper, eq. (2)-(4))."""
+"""Quantizers: features -> codes -> quantised features (paper, eq. (2)-(4)), three kinds behind one interface.
+
+Whatever the kind, ``codes`` are (..., D), ``partial_z_q`` are the cumulative sums (..., D, C) of the code vectors, and
+``z_q`` (..., C) is the last of them, so the depth transformer and everything after it need not know which it is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import nn
+from torch.nn import functional as F
 
-_CHUNK_ENTRIES = 1 << 26  # distances computed at once; bounds the memory of the search
-_SMOOTHING = 1e-5
+from vilau.configuration import VisionTowerConfig
+from vilau.modeling import codebook_search
+from vilau.modeling.codebook import DEFAULT_OPTIONS, CodebookOptions, Codebooks
 
 
 @dataclass(frozen=True)
 class Quantized:
     """Result of quantizing ``z_e`` (..., C).
 
-    `codes` (..., D) int64 in [0, K); `z_q` (..., C) with the straight-through gradient; `commitment`, a scalar: mean
-    over depths of the squared distance between `z_e` and the stopped partial sums.
+    `codes` (..., D) int64 in [0, K), `None` for continuous tokens; `z_q` (..., C) with the straight-through gradient;
+    `noisy_z_q` (..., C), the same with some codes replaced, for the pixel decoder in training (`z_q` itself where
+    nothing was); `commitment`, a scalar that draws `z_e` to the codes; `codebook_loss`, a scalar that draws the code
+    vectors to `z_e`, zero unless they are trained by gradients.
     """
 
-    codes: torch.Tensor
+    codes: torch.Tensor | None
     z_q: torch.Tensor
+    noisy_z_q: torch.Tensor
     commitment: torch.Tensor
+    codebook_loss: torch.Tensor
 
 
-class ResidualQuantizer(nn.Module):
-    """`D` rounds of nearest-neighbour search on what the rounds before left over.
-
-    The codebook is a float32 buffer whatever the model's dtype: in bfloat16 a large share of the codes would change.
+class Quantizer(Codebooks):
+    """What residual and multi-codebook quantization have in common.
 
     Args:
         codebook_size: `K`.
         code_dim: `C`.
-        depth: `D`; 1 is plain vector quantization.
-        shared: one codebook for all depths (paper), or one per depth.
-        decay: of the moving averages.
-        restart_unused: replace codes whose average count fell below 2 % of the mean by features of the current batch.
+        depth: `D`, codes per position.
+        books: number of codebooks: one for all depths, or one per depth.
+        width: of a code vector.
+        options: how the codebooks start and learn.
     """
 
-    codebook: torch.Tensor
-    ema_count: torch.Tensor
-    ema_sum: torch.Tensor
-    initialised: torch.Tensor
+    discrete = True
 
     def __init__(
-        self,
-        codebook_size: int,
-        code_dim: int,
-        depth: int,
-        shared: bool = True,
-        decay: float = 0.99,
-        restart_unused: bool = True,
+        self, codebook_size: int, code_dim: int, depth: int, books: int, width: int, options: CodebookOptions
     ) -> None:
-        super().__init__()
-        self.codebook_size, self.code_dim, self.depth = codebook_size, code_dim, depth
-        self.shared, self.decay, self.restart_unused = shared, decay, restart_unused
-        books = 1 if shared else depth
-        codebook = torch.randn(books, codebook_size, code_dim, dtype=torch.float32) * code_dim**-0.5
-        self.register_buffer("codebook", codebook)
-        self.register_buffer("ema_count", torch.ones(books, codebook_size, dtype=torch.float32))
-        self.register_buffer("ema_sum", self.codebook.clone())
-        self.register_buffer("initialised", torch.zeros(1, dtype=torch.long))
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ResidualQuantizer:
-        """Move between devices but never leave float32."""
-
-        def keep_float32(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            return moved.float() if moved.is_floating_point() and moved.dtype != torch.float32 else moved
-
-        saved = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(keep_float32, recurse)
-        for name, before in saved.items():  # a cast to half precision and back must not round the codebook
-            if before.is_floating_point() and not before.is_meta:
-                after = self._buffers[name]
-                self._buffers[name] = before if after is None else before.to(after.device)
-        return self
+        super().__init__(books, codebook_size, width, options)
+        self.code_dim, self.depth = code_dim, depth
+        self.book_of_depth = [book if books > 1 else 0 for book in range(depth)]
 
     def book(self, depth: int) -> torch.Tensor:
-        """Return the codebook ``(K, C)`` used at a depth (0-based)."""
-        return self.codebook[0 if self.shared else depth]
+        """Return the codebook ``(K, width)`` used at a depth (0-based), without gradient."""
+        return self.books()[self.book_of_depth[depth]]
 
-    def search(self, residual: torch.Tensor, depth: int) -> torch.Tensor:
-        """Return the index ``(N,)`` of the nearest code for each row of ``residual`` (N, C), in float32."""
-        rows = max(1, _CHUNK_ENTRIES // self.codebook_size)
-        return torch.cat([_nearest(part, self.book(depth)) for part in residual.split(rows)])
+    def search(self, points: torch.Tensor, depth: int) -> torch.Tensor:
+        """Return the index ``(N,)`` of the code of `depth` nearest to each row of ``points`` (N, width), float32."""
+        return codebook_search.nearest_codes(points, self.book(depth))
 
-    @torch.no_grad()
     def encode(self, z_e: torch.Tensor) -> torch.Tensor:
         """Return ``codes`` (..., D) of features ``z_e`` (..., C), eq. (3)."""
-        residual = z_e.detach().reshape(-1, self.code_dim).float()
-        codes = []
-        for depth in range(self.depth):
-            codes.append(self.search(residual, depth))
-            residual = residual - self.book(depth)[codes[-1]]
-        return torch.stack(codes, 1).reshape(*z_e.shape[:-1], self.depth)
+        raise NotImplementedError
 
     def embed(self, codes: torch.Tensor) -> torch.Tensor:
-        """Return the code vectors ``(..., D, C)`` of ``codes`` (..., D)."""
-        if self.shared:
-            return nn.functional.embedding(codes, self.codebook[0])
-        return torch.stack([self.codebook[d][codes[..., d]] for d in range(codes.shape[-1])], -2)
+        """Return the code vectors ``(..., D, C)`` of ``codes`` (..., D), in the full width of ``z_q``."""
+        raise NotImplementedError
+
+    def code_vectors(self, codes: torch.Tensor, depth: int) -> torch.Tensor:
+        """Return what ``codes`` (N,) of one depth add to ``z_q``: ``(N, C)``."""
+        raise NotImplementedError
 
     def partial_z_q(self, codes: torch.Tensor) -> torch.Tensor:
         """Return the cumulative sums ``z_q^(d)`` ``(..., D, C)``, eq. (4)."""
@@ -112,112 +83,268 @@ class ResidualQuantizer(nn.Module):
         """Return the quantised features ``(..., C)``: the sum of all `D` code vectors."""
         return self.embed(codes).sum(-2)
 
+    def partial_features(self, z_e: torch.Tensor) -> torch.Tensor:
+        """Return what the first 1, 2 ... D codes of features ``z_e`` (..., C) keep of them: ``(..., D, C)``."""
+        return self.partial_z_q(self.encode(z_e))
+
     def forward(self, z_e: torch.Tensor) -> Quantized:
-        """Quantize ``z_e`` (..., C); in training mode also update the codebook from this batch."""
-        if self.training and not bool(self.initialised):
-            self.initialise(z_e)
-        codes = self.encode(z_e)
-        partial = self.partial_z_q(codes)  # (..., D, C)
-        features = z_e.float()
-        commitment = (features.unsqueeze(-2) - partial.detach()).square().mean()
-        z_q = features + (partial[..., -1, :] - features).detach()
-        if self.training:
-            self._update(features.detach(), codes, partial)
-        return Quantized(codes, z_q.to(z_e.dtype), commitment)
+        """Quantize ``z_e`` (..., C), in float32 also under autocast; in training mode the codebook learns from it."""
+        with torch.autocast(z_e.device.type, enabled=False):
+            features = z_e.float()
+            if self.training and not bool(self.initialised):
+                self.initialise(features)
+            codes = self.encode(features)
+            partial = self.partial_z_q(codes)  # (..., D, C)
+            z_q = noisy = _straight_through(features, partial[..., -1, :])
+            if self.training and self.options.noise:
+                noisy = _straight_through(features, self.z_q(self.noisy(codes)))
+            commitment, loss = self._commitment(features, partial), features.new_zeros(())
+            if self.training:
+                flat = features.detach().reshape(-1, self.code_dim)
+                rows = codes.reshape(-1, self.depth)
+                asked = self._asked(flat, partial.reshape(-1, self.depth, self.code_dim))
+                if self.by_gradient:
+                    loss = self._codebook_loss(rows, asked)
+                else:
+                    self.update_averages(self.book_of_depth, rows, asked)
+        return Quantized(codes, z_q.to(z_e.dtype), noisy.to(z_e.dtype), commitment, loss)
+
+    def initialise(self, z_e: torch.Tensor, iterations: int = 10) -> None:
+        """Set the codebooks from features ``z_e`` (..., C) of all processes, alike on each of them, as `init` says."""
+        if self.options.init != "random":
+            flat = z_e.detach().reshape(-1, self.code_dim).float()
+            self._initialise(flat, iterations if self.options.init == "kmeans" else 0)
+        self.finish_initialisation()
 
     @torch.no_grad()
-    def initialise(self, z_e: torch.Tensor, iterations: int = 10) -> None:
-        """Set the codebook by level-wise k-means on features ``z_e`` (..., C) of all ranks.
+    def noisy(self, codes: torch.Tensor) -> torch.Tensor:
+        """Return ``codes`` (..., D) with each one, independently, replaced at the configured probability.
 
-        A shared codebook gives each depth an equal share of its entries; separate ones are fitted whole.
+        The replacement is drawn evenly among all `K` codes (it can be the same one), or among the
+        `noise_neighbours` code vectors nearest to the replaced one at its depth.
         """
-        residual = _gather_rows(z_e.detach().reshape(-1, self.code_dim).float())
-        generator = torch.Generator().manual_seed(0)
+        chosen = torch.rand(codes.shape, device=codes.device) < self.options.noise
+        near = min(self.options.noise_neighbours, self.codebook_size - 1)
+        if not near:
+            return torch.where(chosen, torch.randint_like(codes, self.codebook_size), codes)
+        codes = codes.clone()
+        for depth in range(self.depth):
+            own = codes[..., depth][chosen[..., depth]]
+            around = codebook_search.neighbours(self.book(depth)[own], self.book(depth), near + 1)
+            pick = torch.randint(1, near + 1, (len(own), 1), device=codes.device)
+            codes[..., depth][chosen[..., depth]] = around.gather(1, pick).squeeze(1)
+        return codes
+
+    def _codebook_loss(self, codes: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+        """Mean squared distance of each code vector to what it was to stand for, with the gradient of the vectors.
+
+        The gradient counterpart of the moving average: code ``e(k_d)`` is drawn to ``r_{d-1}``, which is not moved.
+        """
+        books = self.mapped_books()
+        distances = [
+            (asked[:, depth] - F.embedding(codes[:, depth], books[book])).square().mean()
+            for depth, book in enumerate(self.book_of_depth)
+        ]
+        return torch.stack(distances).mean()
+
+    def _commitment(self, features: torch.Tensor, partial: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _asked(self, features: torch.Tensor, partial: torch.Tensor) -> torch.Tensor:
+        """Return what each depth was asked to quantize, ``(N, D, width)``, of features (N, C) and sums (N, D, C)."""
+        raise NotImplementedError
+
+    def _initialise(self, features: torch.Tensor, iterations: int) -> None:
+        raise NotImplementedError
+
+
+class ResidualQuantizer(Quantizer):
+    """`D` rounds of nearest-neighbour search on what the rounds before left over (`rq`, the paper's).
+
+    Args:
+        codebook_size: `K`.
+        code_dim: `C`.
+        depth: `D`; 1 is plain vector quantization.
+        shared: one codebook for all depths (paper), or one per depth.
+        options: how the codebook starts and learns.
+    """
+
+    def __init__(
+        self,
+        codebook_size: int,
+        code_dim: int,
+        depth: int,
+        shared: bool = True,
+        options: CodebookOptions = DEFAULT_OPTIONS,
+    ) -> None:
+        super().__init__(codebook_size, code_dim, depth, 1 if shared else depth, code_dim, options)
+        self.shared = shared
+
+    @torch.no_grad()
+    def encode(self, z_e: torch.Tensor) -> torch.Tensor:
+        residual = z_e.detach().reshape(-1, self.code_dim).float()
+        codes = []
+        for depth in range(self.depth):
+            codes.append(self.search(residual, depth))
+            residual = residual - self.book(depth)[codes[-1]]
+        return torch.stack(codes, 1).reshape(*z_e.shape[:-1], self.depth)
+
+    def embed(self, codes: torch.Tensor) -> torch.Tensor:
+        books = self.books()
+        if self.shared:
+            return F.embedding(codes, books[0])
+        return torch.stack([books[d][codes[..., d]] for d in range(codes.shape[-1])], -2)
+
+    def code_vectors(self, codes: torch.Tensor, depth: int) -> torch.Tensor:
+        return self.book(depth)[codes]
+
+    def _commitment(self, features: torch.Tensor, partial: torch.Tensor) -> torch.Tensor:
+        """RQ-VAE's: the mean over depths of the squared distance between `z_e` and the partial sums."""
+        return (features.unsqueeze(-2) - partial.detach()).square().mean()
+
+    def _asked(self, features: torch.Tensor, partial: torch.Tensor) -> torch.Tensor:
+        flat = features.unsqueeze(1)
+        return torch.cat([flat, (flat - partial)[:, :-1]], 1)
+
+    def _initialise(self, features: torch.Tensor, iterations: int) -> None:
+        """Depth by depth on the residuals; a shared codebook gives each depth an equal share of its codes."""
+        residual, generator = features, torch.Generator().manual_seed(0)
         bounds = torch.linspace(0, self.codebook_size, self.depth + 1).round().long().tolist()
         for depth in range(self.depth):
             low, high = (bounds[depth], bounds[depth + 1]) if self.shared else (0, self.codebook_size)
             if high == low:
                 continue
-            centres, assigned = _k_means(residual, high - low, iterations, generator)
-            self.book(depth)[low:high] = centres
-            residual = residual - centres[assigned]
-        self.ema_sum.copy_(self.codebook)
-        self.ema_count.fill_(1.0)
-        self.initialised.fill_(1)
+            centres = self.fit(residual, high - low, iterations, generator)
+            self.set_book(self.book_of_depth[depth], low, centres)
+            residual = residual - centres[codebook_search.nearest_codes(residual, centres)]
+
+
+class MultiCodebookQuantizer(Quantizer):
+    """`D` chunks of channels, each with a codebook of its own (`mcq`).
+
+    Channels ``[d C/D, (d + 1) C/D)`` are quantised by the d-th codebook of width ``C/D``. A chunk's vector, padded with
+    zeros to `C`, is what its code adds to ``z_q``: the cumulative sums mean what they do for residual quantization.
+
+    Args:
+        codebook_size: `K` of each codebook.
+        code_dim: `C`, a multiple of `depth`.
+        depth: `D`, the number of chunks.
+        options: how the codebooks start and learn.
+    """
+
+    def __init__(
+        self, codebook_size: int, code_dim: int, depth: int, options: CodebookOptions = DEFAULT_OPTIONS
+    ) -> None:
+        if code_dim % depth:
+            raise ValueError(f"code_dim {code_dim} does not divide into {depth} equal chunks of channels")
+        super().__init__(codebook_size, code_dim, depth, depth, code_dim // depth, options)
+
+    def _chunks(self, z_e: torch.Tensor) -> torch.Tensor:
+        """Return features ``(..., C)`` as ``(N, D, C/D)`` in float32."""
+        return z_e.detach().reshape(-1, self.depth, self.width).float()
 
     @torch.no_grad()
-    def _update(self, features: torch.Tensor, codes: torch.Tensor, partial: torch.Tensor) -> None:
-        """Move the averages towards this batch's statistics, summed over ranks; restart what is no longer used."""
-        flat = features.reshape(-1, 1, self.code_dim)
-        left_over = flat - partial.reshape(-1, self.depth, self.code_dim)
-        residuals = torch.cat([flat, left_over[:, :-1]], 1)  # (N, D, C): what each depth was asked to quantize
-        codes = codes.reshape(-1, self.depth)
-        count, total = torch.zeros_like(self.ema_count), torch.zeros_like(self.ema_sum)
+    def encode(self, z_e: torch.Tensor) -> torch.Tensor:
+        chunks = self._chunks(z_e)
+        codes = [self.search(chunks[:, depth], depth) for depth in range(self.depth)]
+        return torch.stack(codes, 1).reshape(*z_e.shape[:-1], self.depth)
+
+    def embed(self, codes: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.code_vectors(codes[..., depth], depth) for depth in range(codes.shape[-1])], -2)
+
+    def code_vectors(self, codes: torch.Tensor, depth: int) -> torch.Tensor:
+        before = depth * self.width
+        return F.pad(self.book(depth)[codes], (before, self.code_dim - before - self.width))
+
+    def z_q(self, codes: torch.Tensor) -> torch.Tensor:
+        books = self.books()
+        return torch.cat([books[depth][codes[..., depth]] for depth in range(self.depth)], -1)
+
+    def _commitment(self, features: torch.Tensor, partial: torch.Tensor) -> torch.Tensor:
+        """The mean squared distance between `z_e` and `z_q`: a partial sum says nothing of the chunks after it."""
+        return (features - partial[..., -1, :].detach()).square().mean()
+
+    def _asked(self, features: torch.Tensor, partial: torch.Tensor) -> torch.Tensor:
+        return self._chunks(features)
+
+    def _initialise(self, features: torch.Tensor, iterations: int) -> None:
+        generator, chunks = torch.Generator().manual_seed(0), self._chunks(features)
         for depth in range(self.depth):
-            book = 0 if self.shared else depth
-            count[book].index_add_(0, codes[:, depth], torch.ones_like(codes[:, depth], dtype=count.dtype))
-            total[book].index_add_(0, codes[:, depth], residuals[:, depth])
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(count)
-            dist.all_reduce(total)
-        self.ema_count.lerp_(count, 1 - self.decay)
-        self.ema_sum.lerp_(total, 1 - self.decay)
-        if self.restart_unused:
-            self._restart(residuals)
-        mass = self.ema_count.sum(1, keepdim=True)
-        smooth = (self.ema_count + _SMOOTHING) / (mass + self.codebook_size * _SMOOTHING) * mass
-        self.codebook.copy_(self.ema_sum / smooth.unsqueeze(-1))
-
-    def _restart(self, residuals: torch.Tensor) -> None:
-        """Give unused codes a random residual of the batch, chosen alike on every rank."""
-        threshold = 0.02 * self.ema_count.mean(1, keepdim=True)
-        for book in range(self.codebook.shape[0]):
-            unused = (self.ema_count[book] < threshold[book]).nonzero().squeeze(1)
-            if not len(unused):
-                continue
-            pool = residuals if self.shared else residuals[:, book : book + 1]
-            rows = _gather_rows(pool.reshape(-1, self.code_dim))
-            chosen = rows[torch.randint(len(rows), (len(unused),), device="cpu").to(rows.device)]
-            if dist.is_initialized() and dist.get_world_size() > 1:
-                dist.broadcast(chosen, 0)
-            refill = self.ema_count[book].mean().clamp_min(_SMOOTHING)
-            self.ema_count[book, unused] = refill
-            self.ema_sum[book, unused] = chosen * refill
+            centres = self.fit(chunks[:, depth], self.codebook_size, iterations, generator)
+            self.set_book(depth, 0, centres)
 
 
-def _nearest(points: torch.Tensor, book: torch.Tensor) -> torch.Tensor:
-    """Return the index ``(N,)`` of the row of ``book`` (K, C) nearest to each of ``points`` (N, C), autocast or not."""
-    with torch.autocast(points.device.type, enabled=False):
-        return torch.addmm(book.square().sum(1) / 2, points, book.t(), alpha=-1).argmin(1)
+class ContinuousTokens(nn.Module):
+    """No quantization (`none`): the paper's point of comparison, for understanding only.
+
+    ``z_q`` is ``z_e``; there are no codes, so nothing can be drawn, tokenized or supervised at visual positions.
+    """
+
+    discrete = False
+
+    def __init__(self, code_dim: int) -> None:
+        super().__init__()
+        self.code_dim = code_dim
+
+    def forward(self, z_e: torch.Tensor) -> Quantized:
+        """Return ``z_e`` (..., C) as it is."""
+        nothing = z_e.new_zeros((), dtype=torch.float32)
+        return Quantized(None, z_e, z_e, nothing, nothing)
+
+    def partial_features(self, z_e: torch.Tensor) -> torch.Tensor:
+        """Return ``z_e`` as the only sum: ``(..., 1, C)``."""
+        return z_e.unsqueeze(-2)
+
+    def initialise(self, z_e: torch.Tensor) -> None:
+        """Nothing is to be set."""
+
+    def encode(self, z_e: torch.Tensor) -> torch.Tensor:
+        """Raise ValueError: there are no codes."""
+        raise ValueError(NO_CODES)
+
+    def z_q(self, codes: torch.Tensor) -> torch.Tensor:
+        """Raise ValueError: there are no codes."""
+        raise ValueError(NO_CODES)
+
+    def partial_z_q(self, codes: torch.Tensor) -> torch.Tensor:
+        """Raise ValueError: there are no codes."""
+        raise ValueError(NO_CODES)
 
 
-def _gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Concatenate equally many rows from every rank."""
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return rows
-    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
+NO_CODES = (
+    "this model reads continuous tokens (quantizer 'none') and has no codes: it cannot draw, tokenize, or be trained "
+    "or scored on visual positions. Give pixel_values and ask for text, or use a tower with quantizer 'rq' or 'mcq'"
+)
 
 
-def _k_means(
-    points: torch.Tensor, k: int, iterations: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ``k`` centres (k, C) and the centre of each point (N,); empty centres restart at random points."""
-    if len(points) >= k:
-        start = torch.randperm(len(points), generator=generator)[:k]
-    else:
-        start = torch.randint(len(points), (k,), generator=generator)
-    centres = points[start.to(points.device)].clone()
-    assigned = torch.zeros(len(points), dtype=torch.long, device=points.device)
-    for _ in range(iterations):
-        assigned = _nearest(points, centres)
-        count = torch.zeros(k, device=points.device).index_add_(0, assigned, torch.ones_like(points[:, 0]))
-        total = torch.zeros_like(centres).index_add_(0, assigned, points)
-        empty = (count == 0).nonzero().squeeze(1)
-        centres = total / count.clamp_min(1).unsqueeze(1)
-        if len(empty):
-            pick = torch.randint(len(points), (len(empty),), generator=generator).to(points.device)
-            centres[empty] = points[pick]
-    assigned = _nearest(points, centres)
-    return centres, assigned
+def build_quantizer(config: VisionTowerConfig) -> Quantizer | ContinuousTokens:
+    """Return the quantizer that a vision tower's configuration describes."""
+    if config.quantizer == "none":
+        return ContinuousTokens(config.code_width)
+    options = CodebookOptions(
+        config.codebook_learning,
+        config.codebook_init,
+        config.ema_decay,
+        config.restart_unused_codes,
+        config.code_noise,
+        config.code_noise_neighbours,
+    )
+    if config.quantizer == "mcq":
+        return MultiCodebookQuantizer(config.codebook_size, config.code_width, config.depth, options)
+    return ResidualQuantizer(config.codebook_size, config.code_width, config.depth, config.shared_codebook, options)
+
+
+def _straight_through(features: torch.Tensor, quantised: torch.Tensor) -> torch.Tensor:
+    return features + (quantised - features).detach()
+
+
+__all__ = [
+    "NO_CODES",
+    "CodebookOptions",
+    "ContinuousTokens",
+    "MultiCodebookQuantizer",
+    "Quantized",
+    "Quantizer",
+    "ResidualQuantizer",
+    "build_quantizer",
+]

@@ -12,21 +12,23 @@ from transformers import PreTrainedModel, SiglipTextModel, SiglipVisionConfig, S
 from vilau.configuration import VisionTowerConfig
 from vilau.modeling.pixel_decoder import PixelDecoder
 from vilau.modeling.pixel_encoder import PixelEncoder
-from vilau.modeling.quantizer import ResidualQuantizer
+from vilau.modeling.quantizer import build_quantizer
 
 
 @dataclass(frozen=True)
 class TowerOutput:
     """What stage 1 needs of one pass over pictures.
 
-    `z_e` (I, P, C) features; `z_q` (I, P, C) with straight-through gradient (equal to `z_e` when not quantized);
-    `codes` (I, P, D) or `None`; `commitment`, a scalar; `image_embeds` (I, E), normalised.
+    `z_e` (I, P, C) features; `z_q` (I, P, C) what the pixel decoder is to draw from, with straight-through gradient
+    and, in training, code noise (equal to `z_e` when not quantized); `codes` (I, P, D) or `None`; `commitment` and
+    `codebook_loss`, scalars (see `Quantized`); `image_embeds` (I, E), normalised, of the codes without noise.
     """
 
     z_e: torch.Tensor
     z_q: torch.Tensor
     codes: torch.Tensor | None
     commitment: torch.Tensor
+    codebook_loss: torch.Tensor
     image_embeds: torch.Tensor
 
 
@@ -76,7 +78,7 @@ def _one_layer(config: SiglipVisionConfig) -> SiglipVisionConfig:
 
 
 class VisionTower(PreTrainedModel):
-    """Image encoder, residual quantizer and pixel decoder, with the text encoder of stage 1 where configured."""
+    """Image encoder, quantizer and pixel decoder, with the text encoder of stage 1 where configured."""
 
     config_class = VisionTowerConfig
     base_model_prefix = "vision_tower"
@@ -103,14 +105,7 @@ class VisionTower(PreTrainedModel):
         own_width = linear and self.pixel_encoder is None  # the convolutional encoder ends in the codes' width
         self.to_code = nn.Linear(config.hidden_size, config.code_width) if own_width else nn.Identity()
         self.from_code = nn.Linear(config.code_width, config.hidden_size) if linear else nn.Identity()
-        self.quantizer = ResidualQuantizer(
-            config.codebook_size,
-            config.code_width,
-            config.depth,
-            config.shared_codebook,
-            config.ema_decay,
-            config.restart_unused_codes,
-        )
+        self.quantizer = build_quantizer(config)
         self.pixel_decoder = PixelDecoder(
             config.code_width,
             config.latent_side,
@@ -187,14 +182,34 @@ class VisionTower(PreTrainedModel):
         """Encode pictures ``(I, 3, S, S)``; in training mode the codebook learns from them."""
         z_e = self.features(pixel_values)
         if not quantize:
-            return TowerOutput(z_e, z_e, None, z_e.new_zeros(()), self.image_embeds(z_e))
+            zero = z_e.new_zeros(())
+            return TowerOutput(z_e, z_e, None, zero, zero, self.image_embeds(z_e))
         quantized = self.quantizer(z_e)
-        return TowerOutput(z_e, quantized.z_q, quantized.codes, quantized.commitment, self.image_embeds(quantized.z_q))
+        return TowerOutput(
+            z_e,
+            quantized.noisy_z_q,
+            quantized.codes,
+            quantized.commitment,
+            quantized.codebook_loss,
+            self.image_embeds(quantized.z_q),
+        )
 
     @torch.no_grad()
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return ``codes`` (I, P, D) of pictures ``(I, 3, S, S)``."""
+        """Return ``codes`` (I, P, D) of pictures ``(I, 3, S, S)``.
+
+        Raises:
+            ValueError: the tower's tokens are continuous (quantizer `none`).
+        """
         return self.quantizer.encode(self.features(pixel_values))
+
+    @torch.no_grad()
+    def partial_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return ``(I, P, D, C)``: what the first 1, 2 ... D codes keep of pictures ``(I, 3, S, S)``.
+
+        Continuous tokens are one sum, themselves: ``(I, P, 1, C)``.
+        """
+        return self.quantizer.partial_features(self.features(pixel_values))
 
     def decode_features(self, z_q: torch.Tensor) -> torch.Tensor:
         """Return pixels ``(I, 3, S, S)``, not clamped, of quantised features ``z_q`` (I, P, C)."""
