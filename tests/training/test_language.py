@@ -18,7 +18,7 @@ from vilau.data.sample import Sample, Turn, image, text, video
 from vilau.model import VilaUForConditionalGeneration
 from vilau.processing.encode import encode_sample
 from vilau.processing.processor import build_processor
-from vilau.training.config import LanguageStageConfig, OptimizerConfig
+from vilau.training.config import LanguageStageConfig, LoraConfig, OptimizerConfig
 from vilau.training.language import LanguageStage, drops_text
 from vilau.training.optimizers import build_optimizers, lr_share, set_lr
 from vilau.training.vision_tower import to_pixel_values
@@ -199,3 +199,23 @@ def test_codes_read_beforehand_give_the_same_losses(make_stage: Callable[..., La
     expected = stage.compute(batch, 0).loss
     stage.model.vision_tower.encode = None  # type: ignore[assignment, method-assign]
     assert torch.equal(stage.compute(coded, 0).loss, expected)
+
+
+def test_a_stage_with_adapters_trains_them_alone_and_saves_both_forms(
+    make_stage: Callable[..., LanguageStage], tmp_path: Path
+) -> None:
+    """`lora` in the configuration: the loss falls, base weights stay, the result is a whole model and an adapter."""
+    adam = OptimizerConfig(lr=2e-2, warmup_steps=3)
+    stage = make_stage(lora=LoraConfig(rank=4, also=["projector"]), optimizer=adam)
+    base = {n: p.clone() for n, p in stage.model.named_parameters() if not p.requires_grad}
+    losses = train(stage, 12)
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    assert all(torch.equal(p, base[n]) for n, p in stage.model.named_parameters() if n in base)
+    stage.save_result(tmp_path)
+    stage.model.eval()
+    whole = VilaUForConditionalGeneration.from_pretrained(tmp_path)
+    batch = stage.make_batch(0, 0, 1)
+    expected = stage.compute(batch, 0).loss
+    stage.model = whole.eval()
+    assert torch.allclose(stage.compute(batch, 0).loss, expected, rtol=1e-5)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()

@@ -56,6 +56,20 @@ class TowerStageConfig(StageConfig):
     train_image_encoder: bool = True
 
 
+class LoraConfig(_Strict):
+    """Low-rank adapters in place of training every weight (Hu et al. 2021)."""
+
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1, description="the adapter's output counts alpha / rank times")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    layers: str = Field(
+        r"(language_model|depth_transformer)\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
+        r"|query|key|value|out|fc1|fc2)",
+        description="regular expression that matches the whole name of each linear layer to adapt",
+    )
+    also: list[str] = Field(default_factory=list, description="modules trained whole beside them, such as projector")
+
+
 class LanguageStageConfig(StageConfig):
     """Stages `pretrain` and `sft`: the mixture of data forms and the two losses of section 3.2."""
 
@@ -65,6 +79,7 @@ class LanguageStageConfig(StageConfig):
     text_dropout: float = Field(0.1, ge=0, le=1, description="share of prompts emptied for guidance")
     text_weight: float = Field(1.0, ge=0)
     visual_weight: float = Field(1.0, ge=0)
+    lora: LoraConfig | None = Field(None, description="train adapters only; the whole model if absent")
 
 
 class Stages(TypedDict, total=False):
@@ -101,6 +116,7 @@ class TrainConfig(_Strict):
     log_every: int = Field(10, ge=1)
     save_every: int = Field(200, ge=1, description="steps between checkpoints")
     sample_every: int = Field(500, ge=1, description="steps between sample pictures")
+    validate_every: int = Field(500, ge=0, description="steps between validations of a tower; 0: none, not at the end")
     keep_checkpoints: int = Field(2, ge=2)
 
 

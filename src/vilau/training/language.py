@@ -13,6 +13,7 @@ from vilau.data.sample import FORMS, Sample
 from vilau.modeling.vila_u import VilaULosses, VilaUModel
 from vilau.processing.encode import EncodedSample, encode_sample
 from vilau.training import parallel
+from vilau.training.adapters import Adapters
 from vilau.training.config import LanguageStageConfig
 from vilau.training.stage import Stage, StepResult
 from vilau.training.vision_tower import freeze, local_numbers, to_pixel_values
@@ -43,6 +44,7 @@ class LanguageStage(Stage):
         self.name, self.config, self.module = name, config, model
         self.model, self.source, self.processor, self.seed = model, source, processor, seed
         model.vision_tower.requires_grad_(False)
+        self.adapters = Adapters(model, config.lora) if config.lora is not None else None
         freeze(model, config.freeze)
 
     def train_mode(self) -> None:
@@ -87,7 +89,11 @@ class LanguageStage(Stage):
         return StepResult(loss, sums | _by_form(losses, batch))
 
     def save_result(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
+        if self.adapters is None:
+            self.model.save_pretrained(folder)
+        else:
+            self.adapters.save(folder / "adapter")
+            self.model.save_pretrained(folder, state_dict=self.adapters.merged_state(self.model))
         self.processor.save_pretrained(folder)
 
 
