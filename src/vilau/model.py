@@ -171,7 +171,11 @@ class VilaUForConditionalGeneration(VilaUModel, GenerationMixin):
             num_images_per_prompt: pictures (or videos) for each prompt.
             num_frames: frames of a video; absent, the configuration's.
             progress: called with (positions done, total); returning ``False`` cancels.
+
+        Raises:
+            ValueError: the model reads continuous tokens and cannot draw, or an argument is out of range.
         """
+        self.check_draws()
         options = self._options(guidance_scale, temperature, top_k, top_p)
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}; it must be at least 1")

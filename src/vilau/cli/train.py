@@ -65,14 +65,14 @@ def draw_samples(stage: Stage, step: int, folder: Path) -> None:
             return
         pixels = torch.from_numpy(np.stack([stage.source[number][0] for number in range(8)]))
         _sheet(*_reconstructions(stage.tower, pixels)).save(folder / f"step-{step:07d}.png")
-    elif isinstance(stage, LanguageStage):
+    elif isinstance(stage, LanguageStage) and stage.model.vision_tower.quantizer.discrete:
         _sheet(*_drawings(stage.model, stage)).save(folder / f"step-{step:07d}.png")
 
 
 def _reconstructions(tower: VisionTower, frames: torch.Tensor) -> tuple[torch.Tensor, list[str]]:
     """Rows of originals, then decodings of the first 1, 2 ... D code vectors: ``(rows * N, 3, S, S)``."""
     pixels = to_pixel_values(frames).to(tower.device)
-    partial = tower.quantizer.partial_z_q(tower.encode(pixels))  # (N, P, D, C)
+    partial = tower.partial_features(pixels)  # (N, P, D, C)
     depths = range(partial.shape[2])
     rows = [pixels, *(tower.decode_features(partial[:, :, depth]) for depth in depths)]
     names = ["original", *(f"depth {depth + 1}" for depth in depths)]

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from vilau.configuration import PositionKind, VilaUConfig
 from vilau.modeling.depth_transformer import DepthTransformer
+from vilau.modeling.quantizer import NO_CODES
 from vilau.modeling.sequence import check_sequence, find_targets, splice
 from vilau.modeling.vision_tower import VisionTower
 
@@ -66,7 +67,11 @@ class Projector(nn.Module):
 
 
 class VilaUModel(PreTrainedModel):
-    """Vision tower, projector, language model and depth transformer; forward, losses; nothing about sampling."""
+    """Vision tower, projector, language model and depth transformer; forward, losses; nothing about sampling.
+
+    With a tower of continuous tokens (quantizer `none`) there is no depth transformer, pictures come as `pixel_values`
+    alone, and text alone is predicted.
+    """
 
     config_class = VilaUConfig
     base_model_prefix = "model"
@@ -86,13 +91,15 @@ class VilaUModel(PreTrainedModel):
         self.vision_tower = VisionTower(config.vision_config)
         self.projector = Projector(config.vision_config.code_width, config.hidden_size)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
-        self.depth_transformer = DepthTransformer(
-            config.depth_config,
-            config.hidden_size,
-            config.vision_config.code_width,
-            config.vision_config.depth,
-            config.vision_config.codebook_size,
-        )
+        self.depth_transformer = None
+        if config.vision_config.discrete:
+            self.depth_transformer = DepthTransformer(
+                config.depth_config,
+                config.hidden_size,
+                config.vision_config.code_width,
+                config.vision_config.depth,
+                config.vision_config.codebook_size,
+            )
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing beyond each part's own initialisation."""
@@ -110,6 +117,26 @@ class VilaUModel(PreTrainedModel):
         """Return ``projector(z_q)`` (..., H) of ``codes`` (..., D)."""
         return self.projector(self.vision_tower.quantizer.z_q(codes))
 
+    def visual_features(
+        self, codes: torch.Tensor | None, pixel_values: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return the codes ``(I, P, D)`` of pictures, if the tower has any, and their ``z_q`` (I, P, C).
+
+        Raises:
+            ValueError: codes were given to a model of continuous tokens.
+        """
+        tower = self.vision_tower
+        if codes is None and pixel_values is not None:
+            if not tower.quantizer.discrete:
+                return None, tower.features(pixel_values)
+            codes = tower.encode(pixel_values)
+        return codes, None if codes is None else tower.quantizer.z_q(codes)
+
+    def check_draws(self) -> None:
+        """Raise ValueError if the model has no codes to draw with or to be trained on."""
+        if self.depth_transformer is None:
+            raise ValueError(NO_CODES)
+
     def embed(
         self,
         input_ids: torch.Tensor,
@@ -126,19 +153,21 @@ class VilaUModel(PreTrainedModel):
             pixel_values: ``(I, 3, S, S)``, encoded here.
 
         Raises:
-            ValueError: the pictures do not match the visual positions.
+            ValueError: the pictures do not match the visual positions, or codes were given to a model of continuous
+                tokens.
         """
-        if codes is None and pixel_values is not None:
-            codes = self.vision_tower.encode(pixel_values)
+        return self._embed(input_ids, kinds, self.visual_features(codes, pixel_values)[1])
+
+    def _embed(self, input_ids: torch.Tensor, kinds: torch.Tensor | None, z_q: torch.Tensor | None) -> torch.Tensor:
         text = self.get_input_embeddings()(input_ids)
         if kinds is None:
-            if codes is not None:
+            if z_q is not None:
                 raise ValueError("pictures were given without kinds, so their positions are unknown")
             return text
-        check_sequence(input_ids, kinds, 0 if codes is None else codes.shape[0] * codes.shape[1])
-        if codes is None:
+        check_sequence(input_ids, kinds, 0 if z_q is None else z_q.shape[0] * z_q.shape[1])
+        if z_q is None:
             return text
-        return splice(text, kinds, self.visual_embeds(codes).flatten(0, -2))
+        return splice(text, kinds, self.projector(z_q).flatten(0, -2))
 
     def hidden_states(
         self,
@@ -177,15 +206,19 @@ class VilaUModel(PreTrainedModel):
             codes or pixel_values: the pictures and frames in order of appearance.
             attention_mask: ``(B, L)`` for padded rows; absent for packed rows.
             position_ids: ``(B, L)``, restarting per packed sample.
+
+        Raises:
+            ValueError: pictures and visual positions do not match, or visual positions of a model of continuous tokens
+                are to be predicted.
         """
-        if codes is None and pixel_values is not None:
-            codes = self.vision_tower.encode(pixel_values)
-        embeds = self.embed(input_ids, kinds, codes=codes)
-        hidden = self.hidden_states(embeds, attention_mask, position_ids).flatten(0, 1)
+        if self.depth_transformer is None and bool(visual_targets.any()):
+            raise ValueError(NO_CODES)
+        codes, z_q = self.visual_features(codes, pixel_values)
+        hidden = self.hidden_states(self._embed(input_ids, kinds, z_q), attention_mask, position_ids).flatten(0, 1)
         targets = find_targets(input_ids, kinds, text_targets, visual_targets)
         text_logits = self.get_output_embeddings()(hidden[targets.text_from])
         text = F.cross_entropy(text_logits.float(), targets.text_ids, reduction="none")
-        if codes is None or not len(targets.visual_at):
+        if self.depth_transformer is None or codes is None or not len(targets.visual_at):
             visual = hidden.new_zeros((0, self.config.vision_config.depth), dtype=torch.float32)
         else:
             chosen = codes.flatten(0, 1)[targets.visual_rows]  # (V, D)

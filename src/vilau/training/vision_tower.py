@@ -111,6 +111,7 @@ class TowerStage(Stage):
             pixel = pixel_loss(drawn, pixels, self.config.pixel_loss)
             commitment = output.commitment / parallel.world_size()
             recon = self.config.pixel_weight * pixel + self.tower.config.commitment_weight * commitment
+            recon = recon + output.codebook_loss / parallel.world_size()  # zero unless the codebook learns by gradient
             loss = loss + self.config.reconstruction_weight * recon
             with torch.no_grad():
                 squared = (drawn.clamp(-1, 1) - pixels).square().flatten(1).mean(1) / 4
