@@ -20,11 +20,13 @@ _PUBLIC = {
     "VisionTower": "vilau.modeling.vision_tower",
     "VilaUProcessor": "vilau.processing.processor",
     "load": "vilau.pipeline",
+    "load_rqvae": "vilau.checkpoints.rqvae",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
 
 if TYPE_CHECKING:
+    from vilau.checkpoints.rqvae import load_rqvae
     from vilau.configuration import DepthTransformerConfig, VilaUConfig, VisionTowerConfig
     from vilau.model import VilaUForConditionalGeneration
     from vilau.modeling.vila_u import VilaUModel

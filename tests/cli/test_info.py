@@ -24,7 +24,10 @@ def test_facts_equal_those_of_the_loaded_model(cli, tiny_model_dir: Path) -> Non
     codebook = network.vision_tower.quantizer.codebook
     learned = {id(p): p.numel() for p in network.parameters()} | {id(codebook): codebook.numel()}
     assert told["parameters"]["total"] == sum(learned.values())
-    assert told["memory_mb"]["fp32"] == round(4 * told["parameters"]["total"] / 1e6, 1)
+    stored = sum({tensor.data_ptr(): tensor.numel() for tensor in network.state_dict().values()}.values())  # tied: once
+    assert told["memory_mb"]["fp32"] == round(4 * stored / 1e6, 1)
+    quantizer = sum(tensor.numel() for tensor in network.vision_tower.quantizer.state_dict().values())
+    assert told["memory_mb"]["bf16"] == round((2 * stored + 2 * quantizer) / 1e6, 1)
     assert told["shapes"]["positions_per_image"] == 16 and told["shapes"]["depth"] == 4
     assert told["template"] == "vilau"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,49 @@ print(model.ask("apple.png", "What is in the picture?"))
 The model can be wrong, and it can draw what nobody asked for. Look at what it makes before you rely on it. What is
 known about its training data, its biases and its licence belongs here.
 """
+
+
+_TOWER_CARD = """---
+library_name: vilau
+license: other
+tags: [vila-u, rq-vae]
+---
+
+# Vision tower from an RQ-VAE
+
+Converted with `vilau convert`: {size}x{size} px, {side}x{side} positions of {depth} codes out of {codes}. The licence
+of the RQ-VAE's weights holds here too.
+
+```python
+import torch
+import vilau
+
+tower = vilau.VisionTower.from_pretrained("FOLDER").eval()
+codes = tower.encode(torch.zeros(1, 3, {size}, {size}))  # pictures in [-1, 1]
+pixels = tower.decode(codes)
+```
+
+Encoder, quantizer and decoder are trained. An RQ-VAE knows no text, so these tensors are random until a stage
+`vision_tower` has trained them:
+
+{random}
+"""
+
+
+def tower_card(config: Any, random: Sequence[str]) -> str:
+    """Return the text of the card of a converted RQ-VAE.
+
+    Args:
+        config: a `VisionTowerConfig`.
+        random: names of the tensors that were not in its file.
+    """
+    return _TOWER_CARD.format(
+        size=config.image_size,
+        side=config.grid,
+        depth=config.depth,
+        codes=config.codebook_size,
+        random="\n".join(f"- `{name}`" for name in random),
+    )
 
 
 def model_card(

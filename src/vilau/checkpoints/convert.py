@@ -317,6 +317,10 @@ def _check_ours(source: Path, config: VilaUConfig, weights: WeightFiles) -> None
     depth: Any = config.depth_config
     language: Any = config.text_config
     problems = []
+    if vision.encoder_type != "siglip":
+        problems.append(f"encoder_type {vision.encoder_type!r}")
+    if vision.quantizer != "rq":
+        problems.append(f"quantizer {vision.quantizer!r}")
     if vision.stem != "patch":
         problems.append(f"stem {vision.stem!r}")
     if vision.code_dim is not None:

@@ -93,7 +93,7 @@ def read_config(folder: Path, with_text_encoder: bool = True) -> VilaUConfig:
     """
     top_file = folder / "config.json"
     top = read_json(top_file) if top_file.is_file() else {}
-    _known(top, top_file, ("hidden_size", *(f"{part}_cfg" for part in PARTS)), LEFTOVERS)
+    check_known(top, top_file, ("hidden_size", *(f"{part}_cfg" for part in PARTS)), LEFTOVERS)
     if top.get("model_type", MODEL_TYPE) != MODEL_TYPE:
         raise ValueError(f"{top_file}: model_type is {top['model_type']!r}, expected {MODEL_TYPE!r}")
     for part in PARTS[1:]:  # copies inside config.json: never read if the part has its own, but never silently odd
@@ -128,32 +128,42 @@ def _part(folder: Path, top: Mapping[str, Any], part: str) -> tuple[dict[str, An
 
 
 def _check_tower(tower: Mapping[str, Any], where: str) -> None:
-    _known(tower, where, TOWER_FIELDS)
+    check_known(tower, where, TOWER_FIELDS)
     for name in ("rqvaesiglip", "rqtransformer"):
         if not isinstance(tower.get(name), Mapping):
             raise ValueError(f"{where}: {name} is missing; it describes a part of the vision tower")
     rqvae, depth = tower["rqvaesiglip"], tower["rqtransformer"]
-    _known(rqvae, f"{where}: rqvaesiglip", RQVAE_FIELDS)
-    _needed(rqvae, f"{where}: rqvaesiglip", ("code_shape", "ddconfig", "embed_dim", "n_embed"))
+    check_known(rqvae, f"{where}: rqvaesiglip", RQVAE_FIELDS)
+    needed(rqvae, f"{where}: rqvaesiglip", ("code_shape", "ddconfig", "embed_dim", "n_embed"))
     decoder = rqvae["ddconfig"]
-    _known(decoder, f"{where}: rqvaesiglip.ddconfig", (*DECODER_FIELDS, *DECODER_FIXED), library=())
-    _fixed(decoder, f"{where}: rqvaesiglip.ddconfig", DECODER_FIXED)
-    _needed(decoder, f"{where}: rqvaesiglip.ddconfig", ("ch", "ch_mult", "num_res_blocks", "resolution", "z_channels"))
-    _known(depth, f"{where}: rqtransformer", DEPTH_FIELDS)
-    _needed(depth, f"{where}: rqtransformer", DEPTH_FIELDS)
+    check_known(decoder, f"{where}: rqvaesiglip.ddconfig", (*DECODER_FIELDS, *DECODER_FIXED), library=())
+    fixed(decoder, f"{where}: rqvaesiglip.ddconfig", DECODER_FIXED)
+    needed(decoder, f"{where}: rqvaesiglip.ddconfig", ("ch", "ch_mult", "num_res_blocks", "resolution", "z_channels"))
+    check_widths(decoder, f"{where}: rqvaesiglip.ddconfig")
+    check_known(depth, f"{where}: rqtransformer", DEPTH_FIELDS)
+    needed(depth, f"{where}: rqtransformer", DEPTH_FIELDS)
     head = depth["head"]
-    _known(head, f"{where}: rqtransformer.head", ("n_layer", "block"), library=())
-    _needed(head, f"{where}: rqtransformer.head", ("n_layer", "block"))
+    check_known(head, f"{where}: rqtransformer.head", ("n_layer", "block"), library=())
+    needed(head, f"{where}: rqtransformer.head", ("n_layer", "block"))
     block = head["block"]
-    _known(
+    check_known(
         block, f"{where}: rqtransformer.head.block", ("embed_dim", "n_head", "resid_pdrop", *BLOCK_FIXED), library=()
     )
-    _needed(block, f"{where}: rqtransformer.head.block", ("n_head",))
-    _fixed(block, f"{where}: rqtransformer.head.block", BLOCK_FIXED)
+    needed(block, f"{where}: rqtransformer.head.block", ("n_head",))
+    fixed(block, f"{where}: rqtransformer.head.block", BLOCK_FIXED)
+
+
+def check_widths(decoder: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError unless the network's group norms, which have 32 groups, divide every width."""
+    widths = [int(decoder["ch"]) * int(m) for m in decoder["ch_mult"]]
+    if not widths or any(width <= 0 or width % 32 for width in widths):
+        raise ValueError(
+            f"{where}: ch times ch_mult gives the widths {', '.join(map(str, widths))}; all must be multiples of 32"
+        )
 
 
 def _check_projector(projector: Mapping[str, Any], where: str) -> None:
-    _known(projector, where, ("mm_projector_type",))
+    check_known(projector, where, ("mm_projector_type",))
     kind = projector.get("mm_projector_type")
     if kind != "mlp2x_gelu":
         raise ValueError(f"{where}: mm_projector_type is {kind!r}; only 'mlp2x_gelu' is known")
@@ -204,9 +214,9 @@ def _vision_config(tower: Mapping[str, Any], where: str, folder: Path, with_text
             image_encoder_config=image,
             text_encoder_config=text if with_text_encoder else None,
             depth=int(depth),
-            codebook_size=_one_number(rqvae["n_embed"], f"{where}: n_embed"),
+            codebook_size=one_number(rqvae["n_embed"], f"{where}: n_embed"),
             shared_codebook=bool(rqvae.get("shared_codebook", False)),
-            ema_decay=float(_one_number(rqvae.get("decay", 0.99), f"{where}: decay")),
+            ema_decay=float(one_number(rqvae.get("decay", 0.99), f"{where}: decay")),
             restart_unused_codes=bool(rqvae.get("restart_unused_codes", True)),
             commitment_weight=float(rqvae.get("latent_loss_weight", 0.25)),
             latent_size=side if side != grid else None,
@@ -232,7 +242,7 @@ def _depth_config(
     }
     for name, value in expected.items():
         found = depth[name]
-        found = _one_number(found, f"{where}: {name}") if name == "vocab_size" else found
+        found = one_number(found, f"{where}: {name}") if name == "vocab_size" else found
         if (list(found) if isinstance(found, list | tuple) else found) != value:
             raise ValueError(f"{where}: {name} is {found}, but the tower and the language model need {value}")
     block = depth["head"]["block"]
@@ -309,8 +319,8 @@ def _stored_dtype(top: Mapping[str, Any], llm: Mapping[str, Any]) -> str:
     return "float32"
 
 
-def _one_number(value: Any, where: str) -> Any:
-    """A number, or the one value of a list that has one entry per depth."""
+def one_number(value: Any, where: str) -> Any:
+    """Return a number, or the one value of a list that has one entry per depth."""
     if isinstance(value, list | tuple):
         if len(set(value)) != 1:
             raise ValueError(f"{where} is {list(value)}; codebooks of different sizes are not supported")
@@ -318,13 +328,14 @@ def _one_number(value: Any, where: str) -> Any:
     return value
 
 
-def _known(
+def check_known(
     fields: Any,
     where: str | Path,
     known: Iterable[str],
     leftovers: Iterable[str] = (),
     library: Iterable[str] = LIBRARY,
 ) -> None:
+    """Raise ValueError, with the nearest known name, for a field that is in none of the lists."""
     if not isinstance(fields, Mapping):
         raise ValueError(f"{where} is no table of fields")
     names = set(known) | set(leftovers) | set(library)
@@ -338,13 +349,15 @@ def _known(
         )
 
 
-def _needed(fields: Mapping[str, Any], where: str, names: Iterable[str]) -> None:
+def needed(fields: Mapping[str, Any], where: str, names: Iterable[str]) -> None:
+    """Raise ValueError for a field that is absent."""
     missing = [name for name in names if fields.get(name) is None]
     if missing:
         raise ValueError(f"{where}: {', '.join(missing)} missing; fetch the file again")
 
 
-def _fixed(fields: Mapping[str, Any], where: str, fixed: Mapping[str, tuple[Any, ...]]) -> None:
-    for name, allowed in fixed.items():
+def fixed(fields: Mapping[str, Any], where: str, values: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raise ValueError for a field with another value than those that the network stands for."""
+    for name, allowed in values.items():
         if name in fields and fields[name] not in allowed:
             raise ValueError(f"{where}: {name} is {fields[name]!r}; only {allowed[0]!r} is supported")

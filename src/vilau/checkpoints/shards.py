@@ -167,23 +167,43 @@ def load_pickled(file: Path) -> Mapping[str, torch.Tensor]:
     Raises:
         ValueError: it is damaged, or holds anything but tensors.
     """
+    loaded = unpickle(file, "ask for the weights as safetensors")
+    if not is_table(loaded):
+        raise ValueError(f"{file} holds something else than a table of tensors; ask for the weights as safetensors")
+    return dict(loaded)
+
+
+def is_table(value: Any) -> bool:
+    """Return whether a value is a mapping of names to tensors."""
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items()
+    )
+
+
+def unpickle(file: Path, remedy: str) -> Any:
+    """Return what a PyTorch file holds, if it is tensors and plain values alone; runs none of its code.
+
+    Args:
+        file: written by ``torch.save``.
+        remedy: what to do if it holds more, for the message.
+
+    Raises:
+        ValueError: it is damaged, or holds more.
+    """
     try:
         try:
-            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:  # files older than torch 1.6 cannot be mapped
             if "mmap" not in str(error):
                 raise
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{file} holds more than tensors and was refused, because such a file can run code when it is read "
-            f"({_first_line(error)}); ask for the weights as safetensors"
+            f"({_first_line(error)}); {remedy}"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise ValueError(f"{file} is damaged or no PyTorch file ({_first_line(error)}); fetch it again") from error
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise ValueError(f"{file} holds something else than a table of tensors; ask for the weights as safetensors")
-    return loaded
 
 
 def write_shard(

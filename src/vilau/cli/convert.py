@@ -1,4 +1,4 @@
-"""`vilau convert`: between the released layout and ours, and from a finished training stage to a model folder."""
+"""`vilau convert`: between the released layout and ours, from a training stage to a model folder, from an RQ-VAE."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def convert(
     source: Path = typer.Argument(
         ...,
         metavar="SRC",
-        help="A released checkpoint, a model folder, or the `final` folder of a training stage.",
+        help="A released checkpoint, a model folder, the `final` folder of a training stage, or an RQ-VAE.",
     ),
     target: Path = typer.Argument(..., metavar="DST", help="The new model folder."),
     to: str = typer.Option("ours", help="The layout of DST: ours or released."),
@@ -27,18 +27,28 @@ def convert(
         None, callback=within(0, 100), help="Default temperature of codes (from training)."
     ),
     card: Path | None = typer.Option(None, help="A Markdown file that becomes the model card (from training)."),
+    ema: bool = typer.Option(False, "--ema", help="Take the averaged weights (from an RQ-VAE)."),
     force: bool = typer.Option(False, "--force", help="Replace DST if it exists."),
 ) -> None:
     """Convert a checkpoint, tensor by tensor; an interrupted conversion goes on where it stopped.
 
     From a training result: weights in half precision, the codebook in float32, with everything that loading needs.
+    From an RQ-VAE: a folder for VisionTower.from_pretrained and `init_from`; what stays random is listed.
     """
     if to not in ("ours", "released"):
-        raise ValueError(f"--to is {to!r}; it must be ours or released")
+        raise typer.BadParameter(f"{to!r} is no layout: it must be ours or released", param_hint="--to")
     from vilau.checkpoints.layout import find_layout
+    from vilau.checkpoints.rqvae import is_rqvae
 
     given = {"visual_guidance_scale": guidance_scale, "visual_temperature": temperature}
     sampling = {name: value for name, value in given.items() if value is not None}
+    if is_rqvae(source):
+        if sampling or card is not None or dtype is not None or to != "ours":
+            raise ValueError("an RQ-VAE becomes a vision tower of ours in float32: only --ema and --force apply to it")
+        _from_rqvae(source, target, ema, force)
+        return
+    if ema:
+        raise ValueError(f"--ema belongs to the conversion of an RQ-VAE, and {source} is none")
     if to == "ours" and find_layout(source) == "ours":
         from vilau.checkpoints.export import export_model
 
@@ -48,6 +58,18 @@ def convert(
     if sampling or card is not None:
         raise ValueError("--guidance-scale, --temperature and --card belong to the conversion of a training result")
     typer.echo(str(_between_layouts(source, target, to, dtype, force)))
+
+
+def _from_rqvae(source: Path, target: Path, ema: bool, force: bool) -> None:
+    """Convert, and name on stderr what the file did not have."""
+    from vilau.checkpoints.rqvae import convert_rqvae
+    from vilau.checkpoints.shards import listed
+    from vilau.cli.common import quiet_libraries, say
+
+    quiet_libraries()
+    random = convert_rqvae(source, target, ema, force).random
+    say(f"an RQ-VAE knows no text: {len(random)} tensors are random until they are trained: {listed(random, 4)}")
+    typer.echo(str(target))
 
 
 def _between_layouts(source: Path, target: Path, to: str, dtype: str | None, force: bool) -> Path:

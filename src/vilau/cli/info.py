@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import typer
 from vilau.cli.common import JSON_HELP, MODEL_HELP, print_json, shown_model
 
 BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+EMBEDDINGS = ("embed_tokens.weight", "_embedding.weight", "position_embedding")  # tables, no matrices of a product
 STORED = {
     "F64": "float64",
     "F32": "float32",
@@ -41,7 +43,7 @@ def info(
     model: str | None = typer.Argument(None, metavar="[MODEL]", help=MODEL_HELP),
     as_json: bool = typer.Option(False, "--json", help=JSON_HELP),
 ) -> None:
-    """Show a model's parts, shapes, memory, template and licence."""
+    """Show the parts, shapes, memory of the weights, template and licence of a model, a tower or an RQ-VAE."""
     facts = describe(model)
     if as_json:
         print_json(facts)
@@ -50,79 +52,156 @@ def info(
         typer.echo(line)
 
 
+@dataclass(frozen=True)
+class ModelFiles:
+    """`config`; `tensors`: our name -> (dtype, shape); the chat `template`, if any; `layout`."""
+
+    config: Any
+    tensors: dict[str, tuple[str, list[int]]]
+    template: Any
+    layout: str
+
+
 def describe(model: str | None) -> dict[str, Any]:
     """Return the facts of a model's folder (a hub id is fetched); ``ValueError``: a file is missing or broken."""
     from vilau.cli.common import quiet_libraries
-    from vilau.shipped import find_model
 
-    folder = find_model(model)
     quiet_libraries()
-    if not isinstance(folder, Path):
-        folder = _fetch(folder)
-    config, tensors, template = _read_released(folder) if _is_released(folder) else _read_ours(folder)
-    counts = _parameters(tensors)
-    total = sum(counts.values())
-    vision: Any = config.vision_config
-    language: Any = config.text_config
+    folder = _locate(model)
+    files = _read(folder)
+    counts = _parameters(files.tensors)
+    template = files.template
+    folder = folder if folder.is_dir() else folder.parent
     return {
         "model": shown_model(model),
         "folder": str(folder),
-        "parameters": {**counts, "total": total},
-        "shapes": {
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
-            "positions_per_image": vision.num_positions,
-            "depth": vision.depth,
-            "codebook_size": vision.codebook_size,
-            "code_width": vision.code_width,
-            "frames_per_video": config.num_frames,
-            "language_model": language.model_type,
-            "hidden_size": config.hidden_size,
-            "layers": language.num_hidden_layers,
-            "vocabulary": language.vocab_size,
-            "context": config.context_length,
-        },
-        "stored_as": sorted({STORED.get(dtype, dtype) for dtype, _ in tensors.values()}),
-        "memory_mb": {name: round(total * size / 1e6, 1) for name, size in BYTES.items()},
+        "parameters": {**counts, "total": sum(counts.values())},
+        "shapes": _shapes(files.config),
+        "stored_as": sorted({STORED.get(dtype, dtype) for dtype, _ in files.tensors.values()}),
+        "memory_mb": {name: round(_memory(files.tensors, name) / 1e6, 1) for name in BYTES},
         "template": template.get("name", "own") if isinstance(template, dict) else template,
         "licence": _licence(folder),
         "licence_file": next((name for name in LICENCE_FILES if (folder / name).is_file()), None),
-        "layout": "released" if _is_released(folder) else "ours",
+        "layout": files.layout,
     }
 
 
-Tensors = dict[str, tuple[str, list[int]]]
-
-
-def _is_released(folder: Path) -> bool:
-    return _json(folder / "config.json").get("model_type") == "vila_u_llama"
-
-
-def _read_ours(folder: Path) -> tuple[Any, Tensors, Any]:
-    """Configuration, tensors and template of a folder of our layout."""
-    from vilau.configuration import VilaUConfig
+def _locate(model: str | None) -> Path:
+    """The folder or file of a model; a hub id is fetched."""
+    from vilau.checkpoints.layout import resolve
+    from vilau.shipped import find_model
 
     try:
-        config = VilaUConfig.from_pretrained(str(folder))
+        folder = find_model(model)
+    except ValueError:
+        if model is None or not _is_tower(Path(model)):
+            raise
+        return Path(model)
+    return folder if isinstance(folder, Path) else resolve(folder)
+
+
+def _is_tower(path: Path) -> bool:
+    from vilau.checkpoints.rqvae import is_rqvae
+
+    return is_rqvae(path) or ((path / "config.json").is_file() and _kind(path) == "vilau_vision_tower")
+
+
+def _kind(folder: Path) -> Any:
+    return _json(folder / "config.json").get("model_type")
+
+
+def _read(path: Path) -> ModelFiles:
+    from vilau.checkpoints.rqvae import is_rqvae
+
+    if is_rqvae(path):
+        return _read_rqvae(path)
+    return _read_released(path) if _kind(path) == "vila_u_llama" else _read_ours(path)
+
+
+def _read_ours(folder: Path) -> ModelFiles:
+    """A folder of our layout: a model, or a vision tower alone."""
+    from vilau.configuration import VilaUConfig, VisionTowerConfig
+
+    tower = _kind(folder) == "vilau_vision_tower"
+    try:
+        config: Any = (VisionTowerConfig if tower else VilaUConfig).from_pretrained(str(folder))
     except Exception as error:
         raise ValueError(f"cannot read {folder / 'config.json'}: {str(error).splitlines()[0]}") from error
     processor = folder / "processor_config.json"
-    return config, _tensors(folder), _json(processor).get("template") if processor.is_file() else None
+    template = _json(processor).get("template") if processor.is_file() else None
+    tensors = _tensors(folder)
+    if tower:
+        tensors = {f"vision_tower.{name}": fact for name, fact in tensors.items()}
+    return ModelFiles(config, tensors, template, "ours")
 
 
-def _read_released(folder: Path) -> tuple[Any, Tensors, Any]:
-    """The same of the released layout, under our names; the weights are checked on the way."""
+def _read_released(folder: Path) -> ModelFiles:
+    """The released layout, under our names; the weights are checked on the way."""
     from vilau.checkpoints.released import ReleasedCheckpoint
     from vilau.checkpoints.released_processor import TEMPLATE
     from vilau.checkpoints.shards import NAMES
 
     checkpoint = ReleasedCheckpoint(folder)
-    facts: Tensors = {}
+    facts: dict[str, tuple[str, list[int]]] = {}
     for name, shape in checkpoint.shapes.items():
         sources = checkpoint.plan.sources[name]
         dtype = checkpoint.released[sources[0]].dtype if sources else checkpoint.dtype(name)
         facts[name] = (NAMES[dtype], list(shape))
-    return checkpoint.config, facts, TEMPLATE
+    return ModelFiles(checkpoint.config, facts, TEMPLATE, "released")
+
+
+def _read_rqvae(path: Path) -> ModelFiles:
+    """An RQ-VAE of the original project: what its file holds, under our names."""
+    from vilau.checkpoints.rqvae import RqvaeCheckpoint
+    from vilau.checkpoints.shards import NAMES
+
+    checkpoint = RqvaeCheckpoint(path)
+    facts = {
+        f"vision_tower.{name}": (NAMES[checkpoint.stored[sources[0]].dtype], list(checkpoint.shapes[name]))
+        for name, sources in checkpoint.sources.items()
+    }
+    return ModelFiles(checkpoint.config, facts, None, "rq-vae")
+
+
+def _shapes(config: Any) -> dict[str, Any]:
+    """Sizes of a model, or of a vision tower alone."""
+    vision = getattr(config, "vision_config", config)
+    shapes = {
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "positions_per_image": vision.num_positions,
+        "depth": vision.depth,
+        "codebook_size": vision.codebook_size,
+        "code_width": vision.code_width,
+    }
+    if vision is config:
+        return shapes
+    language = config.text_config
+    return shapes | {
+        "frames_per_video": config.num_frames,
+        "language_model": language.model_type,
+        "hidden_size": config.hidden_size,
+        "layers": language.num_hidden_layers,
+        "vocabulary": language.vocab_size,
+        "context": config.context_length,
+    }
+
+
+def _memory(tensors: dict[str, tuple[str, list[int]]], kind: str) -> int:
+    """Bytes that the weights need: the quantizer is float32 always, and int8 holds matrices, the rest being bfloat16.
+
+    A matrix in int8 has one float32 scale per row.
+    """
+    total = 0
+    for name, (_, shape) in tensors.items():
+        count = math.prod(shape)
+        if name.startswith("vision_tower.quantizer."):
+            total += BYTES["fp32"] * count
+        elif kind == "int8" and len(shape) == 2 and not name.endswith(EMBEDDINGS):
+            total += count + BYTES["fp32"] * shape[0]
+        else:
+            total += (BYTES["bf16"] if kind == "int8" else BYTES[kind]) * count
+    return total
 
 
 def table(facts: dict[str, Any]) -> list[str]:
@@ -137,16 +216,21 @@ def table(facts: dict[str, Any]) -> list[str]:
     rows += [
         ("", ""),
         ("picture", f"{side}x{side} px = {positions} positions x {shapes['depth']} codes of {shapes['codebook_size']}"),
-        ("film", f"{shapes['frames_per_video']} frames = {shapes['frames_per_video'] * positions} positions"),
         ("code width", str(shapes["code_width"])),
-        (
-            "language",
-            f"{shapes['language_model']}, {shapes['layers']} layers of {shapes['hidden_size']}, "
-            f"{shapes['vocabulary']} words, context {shapes['context']}",
-        ),
+    ]
+    if "language_model" in shapes:
+        rows += [
+            ("film", f"{shapes['frames_per_video']} frames = {shapes['frames_per_video'] * positions} positions"),
+            (
+                "language",
+                f"{shapes['language_model']}, {shapes['layers']} layers of {shapes['hidden_size']}, "
+                f"{shapes['vocabulary']} words, context {shapes['context']}",
+            ),
+        ]
+    rows += [
         ("stored as", ", ".join(facts["stored_as"])),
         ("memory", ", ".join(f"{size:g} MB in {name}" for name, size in facts["memory_mb"].items())),
-        ("template", str(facts["template"])),
+        ("template", str(facts["template"] or "none")),
         ("licence", ", ".join(str(facts[key]) for key in ("licence", "licence_file") if facts[key])),
         ("layout", facts["layout"]),
     ]
@@ -216,12 +300,3 @@ def _licence(folder: Path) -> str:
         front = None
     named = front.get("license") if isinstance(front, dict) else None
     return str(named) if named else "see README.md in the folder"
-
-
-def _fetch(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name))
-    except Exception as error:
-        raise ValueError(f"cannot fetch the model {name!r}: {str(error).strip().splitlines()[0]}") from error
