@@ -16,13 +16,17 @@ from PIL import Image
 from vilau.cli.common import say
 from vilau.configuration import VilaUConfig
 from vilau.data.nano.scenes import contact_sheet
+from vilau.evaluation.features import load_extractor
+from vilau.evaluation.tower import ValidationSet
+from vilau.evaluation.tower_data import nano_validation
+from vilau.evaluation.validation import TowerValidation
 from vilau.modeling.vila_u import VilaUModel
 from vilau.modeling.vision_tower import VisionTower
 from vilau.processing.images import to_pixels
-from vilau.training.config import load_config
+from vilau.training.config import TrainConfig, load_config
 from vilau.training.engine import StopRequested, TrainingError
 from vilau.training.language import LanguageStage
-from vilau.training.run import Hooks, run
+from vilau.training.run import Hooks, load_world, run
 from vilau.training.stage import Stage
 from vilau.training.vision_tower import TowerStage, to_pixel_values
 
@@ -44,7 +48,7 @@ def train(config: Path, overrides: list[str]) -> None:
     settings = load_config(config, overrides)
     speaks = os.environ.get("RANK", "0") == "0"  # all processes of a run end alike: one line is enough
     try:
-        result = run(settings, Hooks(samples=draw_samples))
+        result = run(settings, Hooks(draw_samples, tower_validation(settings)))
     except StopRequested as stopped:
         if speaks:
             say(f"{stopped}; the same command goes on from there")
@@ -55,6 +59,15 @@ def train(config: Path, overrides: list[str]) -> None:
         raise typer.Exit(1) from None
     if speaks:
         typer.echo(str(result))
+
+
+def tower_validation(config: TrainConfig) -> TowerValidation:
+    """Return what measures the towers of a run, on held-out pictures of its world."""
+
+    def data(image_size: int) -> ValidationSet:
+        return nano_validation(load_world(config), image_size, config.validation_samples)
+
+    return TowerValidation(data, lambda: load_extractor(config.validation_extractor))
 
 
 def draw_samples(stage: Stage, step: int, folder: Path) -> None:

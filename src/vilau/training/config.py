@@ -117,6 +117,8 @@ class TrainConfig(_Strict):
     save_every: int = Field(200, ge=1, description="steps between checkpoints")
     sample_every: int = Field(500, ge=1, description="steps between sample pictures")
     validate_every: int = Field(500, ge=0, description="steps between validations of a tower; 0: none, not at the end")
+    validation_samples: int = Field(512, ge=2, description="pictures of a validation, none of them shown in training")
+    validation_extractor: str = Field("judge", description="features of the Fréchet distance: judge, or TorchScript")
     keep_checkpoints: int = Field(2, ge=2)
 
 

@@ -33,6 +33,7 @@ from vilau.training.stopping import StopRequested, StopSignal, mark_stopped
 logger = logging.getLogger(__name__)
 
 SampleHook = Callable[[Stage, int, Path], None]
+ValidationHook = Callable[[Stage, int, Path], Mapping[str, float]]
 
 
 class TrainingError(RuntimeError):
@@ -53,6 +54,8 @@ class EngineOptions:
     sample_hook: SampleHook | None = None
     on_step: Callable[[int], None] | None = None
     show_progress: bool = True
+    validate_every: int = 0
+    validation_hook: ValidationHook | None = None
 
 
 class _StepBatches(Dataset):
@@ -158,6 +161,7 @@ class Engine:
                     options.on_step(self.step)
                 if self.step % options.log_every == 0 or self.step == total:
                     log.report(self.step, self.optimizers[0].param_groups[0]["lr"])
+                self._validate(log, total)
                 self.stopped = parallel.any_rank(self.stop.number > 0)
                 if self.stopped or self.step % options.save_every == 0 or self.step == total:
                     self._on_first(self._save)
@@ -221,6 +225,21 @@ class Engine:
     def _save(self) -> None:
         folder, keep = self.options.folder / "checkpoints", self.options.keep_checkpoints
         save_checkpoint(folder, self.step, self.stage.state_module, self.optimizers, self._facts(), keep)
+
+    def _validate(self, log: MetricLog, total: int) -> None:
+        """Let the hook measure at its interval and at the end, before the checkpoint of the same step is written."""
+        hook, every = self.options.validation_hook, self.options.validate_every
+        if hook is None or not every or (self.step % every and self.step != total):
+            return
+        started = time.perf_counter()
+        figures: Mapping[str, float] = {}
+        if parallel.rank() == 0:
+            self.stage.module.eval()
+            with torch.no_grad(), self.stage.evaluation_weights():
+                figures = hook(self.stage, self.step, self.options.folder)
+        parallel.barrier()
+        named = {f"validation/{name}": value for name, value in figures.items()}
+        log.record(self.step, named, time.perf_counter() - started)
 
     def _draw_samples(self) -> None:
         if self.options.sample_hook is not None and parallel.rank() == 0:

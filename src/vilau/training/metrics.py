@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -87,6 +88,19 @@ class MetricLog:
             self.console.print(f"{self.stage} {step}/{self.total} {figures} left {left / 60:.0f} min", highlight=False)
         self.reported = step
         self.sums, self.samples, self.seconds, self.since = {}, 0, 0.0, time.perf_counter()
+
+    def record(self, step: int, figures: Mapping[str, float], seconds: float = 0.0) -> None:
+        """Write figures that are no averages over steps, such as those of a validation, under their own names.
+
+        `seconds` that it took to measure them are left out of the rate of the next report.
+        """
+        self.since += seconds
+        if not self.active:
+            return
+        for name, value in figures.items():
+            self.writer.add_scalar(f"{self.stage}/{name}", value, step)
+        self.lines.write(json.dumps({"stage": self.stage, "step": step, **figures}) + "\n")
+        self.lines.flush()
 
 
 def _reopen(path: Path, start: int) -> TextIO:

@@ -20,7 +20,7 @@ from vilau.modeling.vision_tower import VisionTower
 from vilau.processing.processor import build_processor
 from vilau.training import parallel
 from vilau.training.config import STAGE_ORDER, LanguageStageConfig, StageName, TowerStageConfig, TrainConfig
-from vilau.training.engine import Engine, EngineOptions, SampleHook, is_finished
+from vilau.training.engine import Engine, EngineOptions, SampleHook, ValidationHook, is_finished
 from vilau.training.language import LanguageStage
 from vilau.training.model_config import build_config, build_text_encoder_config
 from vilau.training.stage import Stage
@@ -32,9 +32,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the caller adds: `samples` draws pictures at intervals, `on_step` is called after each step."""
+    """What the caller adds: `samples` draws pictures at intervals, `on_step` is called after each step.
+
+    `validation` returns figures on data that training never shows; they are logged and change nothing.
+    """
 
     samples: SampleHook | None = None
+    validation: ValidationHook | None = None
     on_step: Callable[[str, int], None] | None = None
 
 
@@ -76,6 +80,8 @@ def run(config: TrainConfig, hooks: Hooks = Hooks(), show_progress: bool = True)
                     hooks.samples,
                     _bind(hooks.on_step, name),
                     show_progress,
+                    config.validate_every,
+                    hooks.validation,
                 )
                 engine = Engine(stage, options, stop)
                 result = engine.run()
@@ -106,7 +112,7 @@ def _tower_stage(
     tower_config.text_encoder_config = build_text_encoder_config(config, tokenizer, tower_config.hidden_size)
     tower = VisionTower.from_pretrained(folder) if folder else VisionTower(tower_config)
     size = settings.steps * settings.batch_size
-    pictures = ImageTextDataset(_load_world(config), "train", seed, tower_config.image_size, size)
+    pictures = ImageTextDataset(load_world(config), "train", seed, tower_config.image_size, size)
     length = tower.config.text_encoder_config.max_position_embeddings
     return TowerStage(name, settings, tower, pictures, tokenizer, length)
 
@@ -118,7 +124,7 @@ def _language_stage(
     model_config = build_config(config, tokenizer)
     model = load_language_stage(model_config, folder)
     samples = NanoDataset(
-        _load_world(config),
+        load_world(config),
         settings.mixture,
         "train",
         seed,
@@ -130,7 +136,8 @@ def _language_stage(
     return LanguageStage(name, settings, model, samples, build_processor(tokenizer, model.config), seed)
 
 
-def _load_world(config: TrainConfig) -> World:
+def load_world(config: TrainConfig) -> World:
+    """Return the nano world that a configuration names."""
     folder = Path(config.data.world) if config.data.world else None
     return World.load(folder, objects=config.data.objects, styles=tuple(config.data.styles))
 
