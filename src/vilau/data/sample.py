@@ -7,7 +7,7 @@ asks for (VILA-U, section 3.2).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -15,7 +15,18 @@ import numpy as np
 
 PartKind = Literal["text", "image", "video"]
 Role = Literal["system", "user", "assistant", "document"]
-Form = Literal["image_text", "text_image", "text_video", "interleaved", "question", "video_text", "text"]
+Form = Literal[
+    "image_text",
+    "text_image",
+    "text_video",
+    "interleaved",
+    "question",
+    "video_text",
+    "text",
+    "image_edit",  # [image, text, image]: beyond the paper, as are the next two
+    "image_video",  # [image, text, video]
+    "mixed",  # answers that mix text with pictures or films
+]
 
 PART_KINDS: tuple[str, ...] = get_args(PartKind)
 ROLES: tuple[str, ...] = get_args(Role)
@@ -107,6 +118,32 @@ class Sample:
 def holds_codes(frame: np.ndarray) -> bool:
     """Return whether a frame is the codes ``(P, D)`` of a picture and not its pixels."""
     return frame.ndim == 2 and np.issubdtype(frame.dtype, np.signedinteger)
+
+
+def form_of(turns: Sequence[Turn]) -> Form:
+    """The form of a conversation or document, from who shows what.
+
+    What an answer holds decides first, then what the user shows; pictures alone from the user and text alone from the
+    assistant, once each, are a caption (``image_text``).
+    """
+    if turns and turns[0].role == "document":
+        return "interleaved"
+    shown = {part.kind for turn in turns if turn.role == "user" for part in turn.parts}
+    answers = [[part.kind for part in turn.parts] for turn in turns if turn.role == "assistant"]
+    given = {kind for kinds in answers for kind in kinds}
+    if not given <= {"text"}:
+        for kind, alone, edited in (("image", "text_image", "image_edit"), ("video", "text_video", "image_video")):
+            if given == {kind} and all(len(kinds) == 1 for kinds in answers):
+                if shown <= {"text"}:
+                    return alone  # type: ignore[return-value]
+                if shown <= {"text", "image"}:
+                    return edited  # type: ignore[return-value]
+        return "mixed"
+    if "video" in shown:
+        return "video_text"
+    if "image" in shown:
+        return "image_text" if shown == {"image"} and len(answers) == 1 else "question"
+    return "text"
 
 
 def text(words: str) -> Part:

@@ -7,19 +7,22 @@ is always a prefix of the training sequence that it stands for.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from ..configuration import PositionKind
 from ..data.sample import Sample, Turn, holds_codes
+from ..data.sources.source import BadSample
 from .templates import ChatTemplate, GenerationMode, Segment
 
-VISUAL_TARGET_FORMS: frozenset[str] = frozenset({"text_image", "text_video"})
+DRAWN_FORMS: frozenset[str] = frozenset({"text_image", "text_video", "image_edit", "image_video", "mixed"})
+Supervise = Literal["latter", "both"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +35,7 @@ class EncodedSample:
     visual_targets: ``(L,)`` bool; this position's codes are supervised visual targets
     frames: ``(F, S, S, 3)`` uint8 RGB in order of appearance; frame f owns the f-th P visual positions; F may be 0
     codes: ``(F, P, D)`` int64 in place of ``frames`` where a vision tower has read them already, else ``(0, 0, 0)``
+    left_out: turns of a conversation or parts of a document that were left out to make it fit
     """
 
     sample_id: str
@@ -42,6 +46,7 @@ class EncodedSample:
     visual_targets: np.ndarray
     frames: np.ndarray
     codes: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 0), dtype=np.int64))
+    left_out: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -105,21 +110,48 @@ def placeholder_id(tokenizer: Any) -> int:
 
 
 def encode_sample(
-    sample: Sample, tokenizer: Any, template: ChatTemplate, positions_per_frame: int, drop_text: bool = False
+    sample: Sample,
+    tokenizer: Any,
+    template: ChatTemplate,
+    positions_per_frame: int,
+    drop_text: bool = False,
+    supervise: Supervise = "latter",
+    max_length: int | None = None,
 ) -> EncodedSample:
     """Encode a training sample.
 
     Supervision (METHOD, section 2): text targets are all tokens of assistant turns after ``<|assistant|>``, start, end
     and ``</s>`` tokens included, and every text token of a document but the first; visual targets are the assistant's
-    visual positions of the forms text_image and text_video. ``drop_text`` empties the user's text of these two forms,
-    which gives the unconditional sequences that classifier-free guidance learns from; it changes no other form.
-    ``ValueError``: no turns, unknown roles, frames of different or wrong shapes.
+    visual positions of the forms in ``DRAWN_FORMS``.
+
+    Args:
+        drop_text: leave nothing of what the user says and shows in these forms, except ``mixed``: this gives the
+            unconditional sequences that classifier-free guidance learns from. It changes no other form.
+        supervise: ``latter`` as above; ``both`` adds all that users say and show, and the pictures of documents, but no
+            token that the template puts there (section 3.2 advises against it: an ablation).
+        max_length: a longer sample is shortened, never within a picture or a text: the last exchanges of a conversation
+            are left out, the last parts of a document.
+
+    Raises:
+        BadSample: ``too_long`` - nothing that could be left out makes the sample fit.
+        ValueError: no turns, unknown roles, frames of different or wrong shapes.
     """
-    draws = sample.form in VISUAL_TARGET_FORMS
-    turns = _without_user_text(sample.turns) if drop_text and draws else sample.turns
+    draws = sample.form in DRAWN_FORMS
+    turns = _without_user_content(sample.turns) if drop_text and draws and sample.form != "mixed" else sample.turns
+    template = template.for_training()
+    both = supervise == "both"
+
+    def encode(turns: Sequence[Turn]) -> EncodedSample:
+        segments = template.render(turns)
+        return _encode(sample.id, sample.form, segments, tokenizer, template, positions_per_frame, draws or both, both)
+
     try:
-        segments = template.for_training().render(turns)
-        return _encode(sample.id, sample.form, segments, tokenizer, template, positions_per_frame, draws)
+        encoded = encode(turns)
+        if max_length is None or len(encoded) <= max_length:
+            return encoded
+        return _shorten(turns, encode, len(encoded), max_length)
+    except BadSample:
+        raise
     except ValueError as error:
         raise ValueError(f"sample {sample.id}: {error}") from error
 
@@ -143,11 +175,39 @@ def unconditional_turns() -> tuple[Turn, ...]:
     return (Turn(role="user", parts=()),)
 
 
-def _without_user_text(turns: Sequence[Turn]) -> tuple[Turn, ...]:
-    return tuple(
-        replace(turn, parts=tuple(part for part in turn.parts if part.kind != "text")) if turn.role == "user" else turn
-        for turn in turns
-    )
+def _without_user_content(turns: Sequence[Turn]) -> tuple[Turn, ...]:
+    return tuple(replace(turn, parts=()) if turn.role == "user" else turn for turn in turns)
+
+
+def _shortenings(turns: Sequence[Turn]) -> list[tuple[Turn, ...]]:
+    """Shorter versions of a sample, rising in length: its first exchanges, or its first parts from a text on."""
+    if turns and turns[0].role == "document":
+        parts = turns[0].parts
+        first = next((index for index, part in enumerate(parts) if part.kind == "text"), len(parts))
+        return [(replace(turns[0], parts=parts[:count]),) for count in range(first + 1, len(parts))]
+    ends = [index + 1 for index, turn in enumerate(turns) if turn.role == "assistant"]
+    return [tuple(turns[:end]) for end in ends if end < len(turns)]
+
+
+def _shorten(
+    turns: Sequence[Turn], encode: Callable[[Sequence[Turn]], EncodedSample], length: int, max_length: int
+) -> EncodedSample:
+    """The longest version of a sample that fits, found by halving: lengths rise with the number of turns or parts."""
+    versions = _shortenings(turns)
+    fits = bisect_right(versions, max_length, key=lambda version: len(encode(version)))
+    if not fits:
+        raise BadSample(
+            "too_long",
+            f"{length} positions, more than {max_length}, and no whole turn or part can be left out: "
+            "raise row_length or shorten the sample",
+        )
+    short = encode(versions[fits - 1])
+    if turns[0].role == "document":
+        left_out = len(turns[0].parts) - len(versions[fits - 1][0].parts)
+        text_targets = short.text_targets.copy()
+        text_targets[-1] = False  # the document went on, so its end is not to be learnt here
+        return replace(short, text_targets=text_targets, left_out=left_out)
+    return replace(short, left_out=len(turns) - len(versions[fits - 1]))
 
 
 def _encode(
@@ -158,6 +218,7 @@ def _encode(
     template: ChatTemplate,
     positions_per_frame: int,
     draws: bool,
+    said: bool = False,
 ) -> EncodedSample:
     if positions_per_frame < 1:
         raise ValueError(f"positions_per_frame is {positions_per_frame}: it must be at least 1")
@@ -168,6 +229,7 @@ def _encode(
     placeholder = placeholder_id(tokenizer)
     text_start = template.text_start
     for segment in segments:
+        said_here: Sequence[bool] = ()
         if segment.kind == "visual":
             new = [placeholder] * (len(segment.frames) * positions_per_frame)
             frames.extend(segment.frames)
@@ -175,14 +237,17 @@ def _encode(
         elif segment.kind == "special":
             new = [special_id(tokenizer, segment.text)]
             text_start = text_start if segment.text == template.begin else ""
-        elif template.text_start:
-            new = encode_bare_text(tokenizer, text_start + segment.text)
-            text_start = ""
         else:
-            new = encode_text(tokenizer, segment.text)
+            words, bare = segment.text, bool(template.text_start)
+            new = encode_bare_text(tokenizer, text_start + words) if bare else encode_text(tokenizer, words)
+            if said and segment.said:
+                said_here = _said_tokens(tokenizer, segment, text_start if bare else None)
+            text_start = "" if bare else text_start
         ids.extend(new)
         visual.extend([segment.kind == "visual"] * len(new))
-        target.extend([segment.target] * len(new))
+        if said and segment.said and segment.kind != "text":
+            said_here = [True] * len(new)
+        target.extend(segment.target or mark for mark in said_here or [False] * len(new))
     if not ids:
         raise ValueError("the sequence is empty: its template and its text give no token")
     is_visual = np.asarray(visual, dtype=bool)
@@ -199,6 +264,19 @@ def _encode(
         frames=pixels,
         codes=codes,
     )
+
+
+def _said_tokens(tokenizer: Any, segment: Segment, text_start: str | None) -> list[bool]:
+    """For each token of a text segment, whether it holds a character that a user said."""
+    if text_start is None:
+        spans = tokenizer(
+            segment.text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+        )["offset_mapping"]
+    else:
+        spans = _without_dummy_prefix(tokenizer).encode(text_start + segment.text, add_special_tokens=False).offsets
+    skip = len(text_start or "")
+    ranges = [(start + skip, end + skip) for start, end in segment.said]
+    return [any(first < end and start < last for start, end in ranges) for first, last in spans]
 
 
 def _stack(frames: Sequence[np.ndarray]) -> np.ndarray:

@@ -27,12 +27,15 @@ class Segment:
     kind: ``special`` (``text`` is the name of one special token), ``text`` (plain text, in which special tokens mean
     nothing) or ``visual`` (``frames``: pictures of ``(S, S, 3)`` uint8, each taking P positions).
     target: the tokens of this segment are what the model shall say (they are in an assistant turn or a document).
+    said: ranges ``(start, end)`` of characters of ``text`` that are what a user said or showed and not the template's;
+    of a visual segment of a user one empty range. Supervised only where both sides are.
     """
 
     kind: Literal["special", "text", "visual"]
     text: str = ""
     frames: tuple[np.ndarray, ...] = ()
     target: bool = False
+    said: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -158,13 +161,15 @@ class ChatTemplate:
         for part in turn.parts:
             self._part(parts, part, drawn=answer, target=answer)
         content = _join_text(parts)
-        if not self.strip_content:
+        if self.strip_content:
+            if content and content[0].kind == "text":
+                content[0] = replace(content[0], text=content[0].text.lstrip())
+            if content and content[-1].kind == "text":
+                content[-1] = replace(content[-1], text=content[-1].text.rstrip())
+            content = _join_text(content)
+        if turn.role != "user":
             return content
-        if content and content[0].kind == "text":
-            content[0] = replace(content[0], text=content[0].text.lstrip())
-        if content and content[-1].kind == "text":
-            content[-1] = replace(content[-1], text=content[-1].text.rstrip())
-        return _join_text(content)
+        return [replace(segment, said=((0, len(segment.text)),)) for segment in content]
 
     def _literal(self, out: list[Segment], text: str, target: bool) -> None:
         for piece, special in _split(text, self.special_tokens):
@@ -238,7 +243,8 @@ def _join_text(segments: list[Segment]) -> list[Segment]:
     for segment in segments:
         last = out[-1] if out else None
         if last is not None and last.kind == segment.kind == "text" and last.target == segment.target:
-            out[-1] = Segment(kind="text", text=last.text + segment.text, target=last.target)
+            moved = tuple((start + len(last.text), end + len(last.text)) for start, end in segment.said)
+            out[-1] = replace(last, text=last.text + segment.text, said=last.said + moved)
         elif segment.kind != "text" or segment.text:
             out.append(segment)
     return out
