@@ -49,7 +49,7 @@ def detect_format(path: Path) -> SourceConfig:
         raise FileNotFoundError(f"no such file or folder: {path}")
     for kind in FORMATS:
         if kind.detect(path):
-            return kind(path=str(path))
+            return kind.model_validate({"format": name_of(kind), "path": str(path)})
     raise ValueError(
         f"{path} looks like none of the formats {', '.join(format_names())}; name the one it is with --format"
     )

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Literal, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -107,7 +107,7 @@ class SourceConfig(BaseModel, ABC):
     format: str
     path: str = Field(..., description="file or folder; globs and braces where the format has several files")
     name: str | None = Field(None, description="for counts and sample ids; made from the path if absent")
-    weight: float = Field(1.0, description="share in the mixture, relative to the other sources; above 0")
+    weight: float | Literal["size"] = Field(1.0, description="share in the mixture, above 0; size: its samples' number")
     epochs: float | None = Field(None, gt=0, description="read at most so often; endlessly if absent")
     forms: dict[str, float] | None = Field(
         None, description="for pairs of picture and text: image_text and text_image -> share; the stage's if absent"
