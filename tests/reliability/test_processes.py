@@ -69,21 +69,16 @@ def test_a_killed_worker_comes_back(runner: Any, pair: Any) -> None:
 
 @pytest.mark.parametrize("stage", FIGURES)
 def test_one_two_one_processes(stage: str, runner_at: Callable[[str], Any], reference: Any) -> None:
-    """R8: a stage begun by one process, continued by two and ended by one has the losses of one process throughout.
-
-    Within 1e-5 for the tower's stages. The language stages train with Muon, which orthogonalises in bfloat16: a
-    gradient that is summed in another order differs in its last bit, and now and then a bfloat16 digit follows.
-    """
+    """R8: a stage begun by one process, continued by two and ended by one has the losses of one process throughout."""
     runner = runner_at(stage)
     assert runner(stop=[stage, 7]) == 143, runner.log
     assert runner(processes=2, stop=[stage, 14]) == 1, runner.log
     assert set(runner.codes) == {143}
     assert runner(until=stage) in (0, 143), runner.log
     found, expected = runner.metrics(stage), reference.metrics(stage)
-    tolerance = 1e-4 if stage in ("pretrain", "sft") else 1e-5
     assert len(found) == len(expected) == 20
     for name in FIGURES[stage]:
-        assert [line[name] for line in found] == pytest.approx([line[name] for line in expected], rel=tolerance), name
+        assert [line[name] for line in found] == pytest.approx([line[name] for line in expected], rel=1e-5), name
 
 
 def test_sigterm_to_the_whole_group_with_loader_workers(tmp_path: Path) -> None:

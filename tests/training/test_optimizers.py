@@ -60,6 +60,13 @@ def test_muon_takes_hidden_matrices_only() -> None:
     assert found["hidden.weight"][1] == 0.02
 
 
+def test_lr_scales_apply_to_muon_too() -> None:
+    """A part that shall learn slower does so whichever optimizer has its weights."""
+    net = Net()
+    found = settings(build_optimizers(net, OptimizerConfig(name="muon", muon_lr=0.02, lr_scales={"^hid": 0.5})), net)
+    assert found["hidden.weight"] == ("Muon", 0.01, 0.01)
+
+
 def test_tied_parameters_are_trained_once() -> None:
     """A head tied to the embedding is one parameter: twice in an optimizer it would move twice."""
     net = Net()

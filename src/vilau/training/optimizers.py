@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vilau.training.config import OptimizerConfig
+from vilau.training.muon import Muon
 
 _EMBEDDINGS = ("embed_tokens", "lm_head", "position_embedding", "token_embedding", "depth_transformer.head", "probe")
 
@@ -17,17 +18,17 @@ def build_optimizers(module: nn.Module, config: OptimizerConfig) -> list[torch.o
     """Return the optimizers over the trainable parameters of `module`.
 
     With `muon`, two-dimensional hidden weights go to Muon and the rest to AdamW. Parameters whose name matches a key
-    of `lr_scales` (the first that does) get their learning rate times its value.
+    of `lr_scales` (the first that does) get the learning rate of their optimizer times its value.
     """
     adamw: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    muon: list[nn.Parameter] = []
+    muon: dict[float, list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        if config.name == "muon" and parameter.ndim == 2 and not any(part in name for part in _EMBEDDINGS):
-            muon.append(parameter)
-            continue
         scale = next((s for pattern, s in config.lr_scales.items() if re.search(pattern, name)), 1.0)
+        if config.name == "muon" and parameter.ndim == 2 and not any(part in name for part in _EMBEDDINGS):
+            muon.setdefault(scale, []).append(parameter)
+            continue
         adamw.setdefault((scale, parameter.ndim > 1), []).append(parameter)
     groups = [
         {
@@ -42,8 +43,11 @@ def build_optimizers(module: nn.Module, config: OptimizerConfig) -> list[torch.o
     if groups:
         optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, foreach=True))
     if muon:
-        group = {"params": muon, "lr": config.muon_lr, "peak_lr": config.muon_lr}
-        optimizers.append(torch.optim.Muon([group], lr=config.muon_lr, weight_decay=config.weight_decay))
+        matrices = [
+            {"params": parameters, "lr": config.muon_lr * scale, "peak_lr": config.muon_lr * scale}
+            for scale, parameters in muon.items()
+        ]
+        optimizers.append(Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay))
     if not optimizers:
         raise ValueError("nothing to train: every parameter is frozen; loosen `freeze`")
     return optimizers
