@@ -287,3 +287,19 @@ def test_another_language_model(make_model: Callable[..., Any]) -> None:
         one, two = model.losses(**packed(SAMPLES)), model.losses(**padded(SAMPLES))
     torch.testing.assert_close(one.visual, two.visual, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(one.text, two.text, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_losses_in_pieces_are_those_of_whole_logits(make_model: Callable[..., Any], tied: bool) -> None:
+    """Without ever holding the logits whole, losses and every gradient are the same, unevenly weighted rows too."""
+    model = make_model(text={"tie_word_embeddings": tied}).eval()
+    weights, found = torch.linspace(0.2, 2.0, 200), []
+    for fused in (False, True):
+        losses = model.losses(**padded(SAMPLES), fused=fused)
+        values = torch.cat([losses.text, losses.visual.flatten()])
+        (values * weights[: len(values)]).sum().backward()
+        found.append((values.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+        model.zero_grad()
+    (plain, gradients), (pieces, others) = found
+    assert torch.allclose(plain, pieces, atol=1e-5) and gradients.keys() == others.keys()
+    assert all(torch.allclose(gradients[name], others[name], atol=1e-5) for name in gradients)

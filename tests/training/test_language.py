@@ -219,3 +219,15 @@ def test_a_stage_with_adapters_trains_them_alone_and_saves_both_forms(
     stage.model = whole.eval()
     assert torch.allclose(stage.compute(batch, 0).loss, expected, rtol=1e-5)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_share_of_the_positions_estimates_the_loss_of_all(make_stage: Callable[..., LanguageStage]) -> None:
+    """`visual_share` leaves codes out of the loss, not out of the context: text is as before, the mean nearly so."""
+    stage, half = make_stage(batch_size=40), make_stage(batch_size=40, visual_share=0.5)
+    torch.manual_seed(1)
+    every, some = (one.compute(one.make_batch(0, 0, 1), 0).sums for one in (stage, half))
+    assert torch.equal(every["text"][0], some["text"][0])
+    assert 0.35 < some["visual"][1] / every["visual"][1] < 0.65
+    assert some["visual"][0] / some["visual"][1] == pytest.approx(
+        float(every["visual"][0] / every["visual"][1]), rel=0.05
+    )

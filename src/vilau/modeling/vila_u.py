@@ -15,6 +15,8 @@ from vilau.modeling.quantizer import NO_CODES
 from vilau.modeling.sequence import check_sequence, find_targets, splice
 from vilau.modeling.vision_tower import VisionTower
 
+_LARGE_LOGITS = 1 << 26  # entries; 256 MB in float32, and as much again for their gradient
+
 
 @dataclass(frozen=True)
 class VilaULosses:
@@ -35,6 +37,29 @@ class VilaULosses:
         if not parts:
             raise ValueError("the batch supervises no position: set text_targets or visual_targets")
         return torch.stack(parts).sum()
+
+
+def head_losses(
+    head: nn.Module, hidden_states: torch.Tensor, classes: torch.Tensor, fused: bool | None
+) -> torch.Tensor:
+    """Return negative log-likelihoods ``(N,)`` float32 of `classes` (N,) under a linear head over states ``(N, H)``.
+
+    fused: never hold the logits whole; slower, and for a plain linear layer only: others are computed as usual.
+    """
+    assert isinstance(head.weight, torch.Tensor)
+    if fused is None:
+        fused = len(classes) * len(head.weight) > _LARGE_LOGITS
+    if not fused or type(head) is not nn.Linear or not len(classes):
+        return F.cross_entropy(head(hidden_states).float(), classes, reduction="none")
+    kind = hidden_states.dtype
+    return F.linear_cross_entropy(
+        hidden_states,
+        head.weight.to(kind),
+        classes,
+        linear_bias=None if head.bias is None else head.bias.to(kind),
+        reduction="none",
+        options=nn.LinearCrossEntropyOptions(),
+    ).float()
 
 
 @dataclass(frozen=True)
@@ -197,6 +222,7 @@ class VilaUModel(PreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        fused: bool | None = None,
     ) -> VilaULosses:
         """Return the unreduced losses of eq. (5) and (7) for a batch.
 
@@ -206,6 +232,7 @@ class VilaUModel(PreTrainedModel):
             codes or pixel_values: the pictures and frames in order of appearance.
             attention_mask: ``(B, L)`` for padded rows; absent for packed rows.
             position_ids: ``(B, L)``, restarting per packed sample.
+            fused: compute logits in pieces that are never in memory together; absent, where they are large.
 
         Raises:
             ValueError: pictures and visual positions do not match, or visual positions of a model of continuous tokens
@@ -216,15 +243,14 @@ class VilaUModel(PreTrainedModel):
         codes, z_q = self.visual_features(codes, pixel_values)
         hidden = self.hidden_states(self._embed(input_ids, kinds, z_q), attention_mask, position_ids).flatten(0, 1)
         targets = find_targets(input_ids, kinds, text_targets, visual_targets)
-        text_logits = self.get_output_embeddings()(hidden[targets.text_from])
-        text = F.cross_entropy(text_logits.float(), targets.text_ids, reduction="none")
+        text = head_losses(self.get_output_embeddings(), hidden[targets.text_from], targets.text_ids, fused)
         if self.depth_transformer is None or codes is None or not len(targets.visual_at):
             visual = hidden.new_zeros((0, self.config.vision_config.depth), dtype=torch.float32)
         else:
             chosen = codes.flatten(0, 1)[targets.visual_rows]  # (V, D)
             partial = self.vision_tower.quantizer.partial_z_q(chosen).to(hidden.dtype)
-            depth_logits = self.depth_transformer(hidden[targets.visual_from], partial)  # (V, D, K)
-            visual = F.cross_entropy(depth_logits.float().flatten(0, 1), chosen.flatten(), reduction="none")
+            states = self.depth_transformer.hidden(hidden[targets.visual_from], partial)  # (V, D, W)
+            visual = head_losses(self.depth_transformer.head, states.flatten(0, 1), chosen.flatten(), fused)
             visual = visual.unflatten(0, chosen.shape)
         return VilaULosses(text, visual, targets.text_at, targets.visual_at)
 

@@ -79,6 +79,8 @@ class LanguageStageConfig(StageConfig):
     text_dropout: float = Field(0.1, ge=0, le=1, description="share of prompts emptied for guidance")
     text_weight: float = Field(1.0, ge=0)
     visual_weight: float = Field(1.0, ge=0)
+    visual_share: float = Field(1.0, gt=0, le=1, description="share of visual positions whose codes are in the loss")
+    fused_loss: bool | None = Field(None, description="logits in pieces, never whole in memory; where large if absent")
     lora: LoraConfig | None = Field(None, description="train adapters only; the whole model if absent")
 
 

@@ -68,14 +68,19 @@ class LanguageStage(Stage):
     def compute(self, batch: Batch, step: int) -> StepResult:
         batch = batch.to(self.model.device)
         frames = to_pixel_values(batch.frames) if len(batch.frames) else None
+        visual_targets = batch.visual_targets
+        if self.config.visual_share < 1:
+            drawn = torch.rand(visual_targets.shape, device=visual_targets.device)
+            visual_targets = visual_targets & (drawn < self.config.visual_share)
         losses = self.model.losses(
             batch.input_ids,
             batch.kinds,
             batch.text_targets,
-            batch.visual_targets,
+            visual_targets,
             codes=batch.codes if len(batch.codes) else None,
             pixel_values=frames,
             position_ids=batch.position_ids,
+            fused=self.config.fused_loss,
         )
         counts = torch.tensor([losses.text.numel(), losses.visual.numel()], dtype=torch.float64)
         text_count, visual_count = parallel.sum_over_ranks(counts).clamp_min(1).tolist()
