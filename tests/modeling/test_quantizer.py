@@ -50,7 +50,7 @@ def test_search_in_chunks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     quantizer = build()
     z_e = torch.randn(50, 6)
     whole = quantizer.encode(z_e)
-    monkeypatch.setattr("vilau.modeling.codebook_search._CHUNK_ENTRIES", 32 * 7)
+    monkeypatch.setattr("vilau.modeling.codebook_search._CPU_TILE", (7, 5))
     assert torch.equal(quantizer.encode(z_e), whole)
 
 

@@ -21,8 +21,8 @@ class CodebookOptions:
 
     Args:
         learning: `ema`, moving averages of what falls on each code (VQ-VAE-2, RQ-VAE), or `gradient`: the code vectors
-            are a frozen basis times a learned square matrix, ``codebook = basis @ map``, so that each step moves all
-            of them, used or not (SimVQ, arXiv 2411.02038).
+            are a frozen basis times a learned square matrix, so that each step moves all of them, used or not (SimVQ,
+            arXiv 2411.02038).
         init: `kmeans` of the first training batch, `data` (random features of that batch), or `random`.
         decay: of the moving averages.
         restart_unused: replace codes whose average count fell below 2 % of the mean by features of the current batch;
@@ -46,7 +46,8 @@ class Codebooks(nn.Module):
     """One or more codebooks of `K` vectors, float32 whatever the model's dtype: in bfloat16 many codes would change.
 
     Kept by moving averages: buffers `codebook`, `ema_sum` (books, K, width) and `ema_count` (books, K). By gradients:
-    buffer `basis` (books, K, width) and parameter `map` (books, width, width), at first the identity.
+    buffer `basis` (books, K, width) and parameter `map` (books, width, width), ``codebook = basis (1 + map)``. The map
+    is zero at first, so that the codebook starts as its basis and weight decay draws it back there, not to zero.
 
     Args:
         books: number of codebooks.
@@ -67,7 +68,7 @@ class Codebooks(nn.Module):
         fresh = torch.randn(books, codebook_size, width, dtype=torch.float32) * width**-0.5
         if options.learning == "gradient":
             self.register_buffer("basis", fresh)
-            self.map = nn.Parameter(torch.eye(width, dtype=torch.float32).repeat(books, 1, 1))
+            self.map = nn.Parameter(torch.zeros(books, width, width, dtype=torch.float32))
         else:
             self.register_buffer("codebook", fresh)
             self.register_buffer("ema_count", torch.ones(books, codebook_size, dtype=torch.float32))
@@ -91,9 +92,9 @@ class Codebooks(nn.Module):
         return self._mapped[1]
 
     def mapped_books(self) -> torch.Tensor:
-        """Return ``basis @ map`` (books, K, width) with its gradient."""
+        """Return ``basis (1 + map)`` (books, K, width) with the gradient of the map."""
         with torch.autocast(self.basis.device.type, enabled=False):
-            return self.basis @ self.map
+            return torch.baddbmm(self.basis, self.basis, self.map)
 
     def train(self, mode: bool = True) -> Codebooks:
         self._mapped = None  # whatever changed the map without the library noticing ends here
@@ -126,7 +127,7 @@ class Codebooks(nn.Module):
         """Put ``centres`` (M, width) at the codes from `low` on."""
         part = slice(low, low + len(centres))
         if self.by_gradient:
-            self.map[book].copy_(torch.eye(self.width, device=self.map.device))
+            self.map[book].zero_()
             self.basis[book, part] = centres
         else:
             self.codebook[book, part] = centres
@@ -149,56 +150,72 @@ class Codebooks(nn.Module):
         They are k-means centres, or, without iterations, random points. Warns where there are too few points for so
         many codes; the surplus codes then repeat others and stay unused until they are restarted.
         """
-        total = codebook_search.total_rows(points)
-        if total < k:
-            warnings.warn(
-                f"a first batch of {total} vectors cannot set {k} codes: {k - total} of them repeat others. Start with "
-                "a larger batch (batch_size x positions), a smaller codebook_size, or codebook_init 'random'",
-                stacklevel=2,
-            )
-        limit = max(_ROWS_PER_CODE * k, 1 << 12)
-        if total > limit:
-            rows = codebook_search.pick_rows(points, lambda number: torch.randperm(number, generator=generator)[:limit])
-        else:
-            rows = codebook_search.pick_rows(points, torch.arange)
+
+        def choose(number: int) -> torch.Tensor:
+            if number < k:
+                warnings.warn(
+                    f"a first batch of {number} vectors cannot set {k} codes: {k - number} of them repeat others. "
+                    "Start with a larger batch (batch_size x positions), a smaller codebook_size, or codebook_init "
+                    "'random'",
+                    stacklevel=2,
+                )
+            limit = max(_ROWS_PER_CODE * k, 1 << 12)
+            return torch.randperm(number, generator=generator)[:limit] if number > limit else torch.arange(number)
+
+        rows = codebook_search.pick_rows(len(points), points.device, choose, lambda numbers: points[numbers])
         return codebook_search.k_means(rows, k, iterations, generator)[0]
 
     @torch.no_grad()
-    def update_averages(self, book_of_depth: list[int], codes: torch.Tensor, asked: torch.Tensor) -> None:
+    def update_averages(
+        self, count: torch.Tensor, total: torch.Tensor, sample: Callable[[int, int], torch.Tensor]
+    ) -> None:
         """Move the averages towards this batch's statistics, summed over processes; restart what is no longer used.
 
         Args:
-            book_of_depth: which codebook each depth reads.
-            codes: ``(N, D)``.
-            asked: ``(N, D, width)``, what each depth was asked to quantize.
+            count: ``(books, K)``, how often each code was chosen.
+            total: ``(books, K, width)``, the sum of what it was chosen for.
+            sample: given a codebook's number and how many codes want to restart, at most so many of the vectors
+                ``(M, width)`` that the batch asked this codebook for, the same on every process.
         """
-        count, total = torch.zeros_like(self.ema_count), torch.zeros_like(self.ema_sum)
-        for depth, book in enumerate(book_of_depth):
-            count[book].index_add_(0, codes[:, depth], torch.ones_like(codes[:, depth], dtype=count.dtype))
-            total[book].index_add_(0, codes[:, depth], asked[:, depth])
         codebook_search.sum_over_processes(count, total)
         self.ema_count.lerp_(count, 1 - self.options.decay)
         self.ema_sum.lerp_(total, 1 - self.options.decay)
         if self.options.restart_unused:
             for book in range(len(self.ema_count)):
-                depths = [depth for depth, own in enumerate(book_of_depth) if own == book]
-                self._restart(book, asked if len(depths) == asked.shape[1] else asked[:, depths])
+                self._restart(book, sample)
         mass = self.ema_count.sum(1, keepdim=True)
         smooth = (self.ema_count + _SMOOTHING) / (mass + self.codebook_size * _SMOOTHING) * mass
         self.codebook.copy_(self.ema_sum / smooth.unsqueeze(-1))
 
-    def _restart(self, book: int, asked: torch.Tensor) -> None:
-        """Give unused codes random vectors of the batch, the same on every process.
-
-        A batch with fewer vectors than unused codes restarts as many codes as it has vectors; the others wait.
-        """
+    def _restart(self, book: int, sample: Callable[[int, int], torch.Tensor]) -> None:
+        """Give unused codes random vectors of the batch; with fewer vectors than such codes, the others wait."""
         mean = self.ema_count[book].mean()
         unused = (self.ema_count[book] < 0.02 * mean).nonzero().squeeze(1)
-        rows = asked.reshape(-1, self.width)
-        unused = unused[: codebook_search.total_rows(rows)]
         if not len(unused):
             return
-        chosen = codebook_search.pick_rows(rows, lambda number: torch.randint(number, (len(unused),), device="cpu"))
+        chosen = sample(book, len(unused))
+        unused = unused[: len(chosen)]
         refill = mean.clamp_min(_SMOOTHING)
         self.ema_count[book, unused] = refill
         self.ema_sum[book, unused] = chosen * refill
+
+    def pull(self, count: torch.Tensor, total: torch.Tensor, squared: torch.Tensor, number: int) -> torch.Tensor:
+        """Return the codebook loss, with its gradient in the map.
+
+        It is the mean of ``|asked - e(k)|^2`` over `number` components, whose sum is `squared`. Its gradient in the
+        code vectors is ``2 (count e - total) / number``: the statistics of moving averages are all it needs.
+
+        Args:
+            count: ``(books, K)``.
+            total: ``(books, K, width)``.
+            squared: a scalar.
+            number: components that were compared.
+        """
+        books = self.mapped_books()
+        slope = torch.addcmul(-total, count.unsqueeze(-1), books.detach()) * (2 / number)
+        return with_value((books * slope).sum(), squared / number)
+
+
+def with_value(slope: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Return a scalar with the gradient of one tensor and the value of another."""
+    return slope + (value - slope).detach()

@@ -7,31 +7,43 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-_CHUNK_ENTRIES = 1 << 26  # distances computed at once; bounds the memory of the search
+_CPU_TILE = (2048, 1024)  # points and codes compared at once: what a CPU's caches hold
+_GPU_ENTRIES = 1 << 26  # distances computed at once elsewhere
 
 
 def nearest_codes(points: torch.Tensor, book: torch.Tensor) -> torch.Tensor:
     """Return the index ``(N,)`` of the row of ``book`` (K, C) nearest to each of ``points`` (N, C), float32.
 
-    ``|p - e|^2`` is least where ``|e|^2 / 2 - p e`` is, which is one matrix product. It is computed for some points at
-    a time, so that memory does not grow with N, and never in half precision, whatever autocast says.
+    ``|p - e|^2`` is least where ``|e|^2 / 2 - p e`` is, which is one matrix product. It is computed tile by tile, so
+    that memory grows neither with N nor with K, and never in half precision, whatever autocast says. Of equally near
+    codes the first counts.
     """
+    rows, columns = _tile(points, len(book))
     with torch.autocast(points.device.type, enabled=False):
-        half_norms, rows = book.square().sum(1) / 2, max(1, _CHUNK_ENTRIES // len(book))
-        parts = points.split(rows)
-        return torch.cat([torch.addmm(half_norms, part, book.t(), alpha=-1).argmin(1) for part in parts])
+        half_norms = book.square().sum(1) / 2
+        return torch.cat([_nearest(part, book, half_norms, columns) for part in points.split(rows)])
+
+
+def _tile(points: torch.Tensor, codes: int) -> tuple[int, int]:
+    return _CPU_TILE if points.device.type == "cpu" else (max(1, _GPU_ENTRIES // codes), codes)
+
+
+def _nearest(points: torch.Tensor, book: torch.Tensor, half_norms: torch.Tensor, columns: int) -> torch.Tensor:
+    least, nearest = torch.addmm(half_norms[:columns], points, book[:columns].t(), alpha=-1).min(1)
+    for start in range(columns, len(book), columns):
+        part = slice(start, start + columns)
+        distance, index = torch.addmm(half_norms[part], points, book[part].t(), alpha=-1).min(1)
+        nearest = torch.where(distance < least, index + start, nearest)
+        least = torch.minimum(distance, least)
+    return nearest
 
 
 def neighbours(points: torch.Tensor, book: torch.Tensor, number: int) -> torch.Tensor:
     """Return the indices ``(N, number)`` of the rows of ``book`` (K, C) nearest to ``points`` (N, C), nearest first."""
     with torch.autocast(points.device.type, enabled=False):
-        half_norms, rows = book.square().sum(1) / 2, max(1, _CHUNK_ENTRIES // len(book))
-        return torch.cat(
-            [
-                torch.addmm(half_norms, part, book.t(), alpha=-1).topk(number, largest=False).indices
-                for part in points.split(rows)
-            ]
-        )
+        half_norms, parts = book.square().sum(1) / 2, points.split(_CPU_TILE[1])
+        distances = (torch.addmm(half_norms, part, book.t(), alpha=-1) for part in parts)
+        return torch.cat([distance.topk(number, largest=False).indices for distance in distances])
 
 
 def k_means(
@@ -77,33 +89,34 @@ def copy_from_first(*tensors: torch.Tensor) -> None:
             dist.broadcast(tensor, 0)
 
 
-def total_rows(rows: torch.Tensor) -> int:
-    """Return how many rows all processes have together."""
-    count = torch.tensor([len(rows)], device=rows.device)
-    sum_over_processes(count)
-    return int(count)
-
-
-def pick_rows(rows: torch.Tensor, choose: Callable[[int], torch.Tensor]) -> torch.Tensor:
-    """Return chosen rows ``(M, C)`` out of the ``rows`` (N, C) of all processes, the same ones on each of them.
+def pick_rows(
+    number: int,
+    device: torch.device,
+    choose: Callable[[int], torch.Tensor],
+    read: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Return chosen rows ``(M, C)`` out of those of all processes, the same ones on each of them.
 
     Rows are numbered through in rank order, as they stand in the batch of a single process; processes may have
-    different numbers of them. Only what was chosen travels.
+    different numbers of them. Only what was chosen is read, and travels.
 
     Args:
-        rows: ``(N, C)`` of this process.
+        number: of the rows of this process.
+        device: of the rows.
         choose: given the number of all rows, the numbers ``(M,)`` to return; what the first process says counts.
+        read: the rows ``(m, C)`` of this process with the numbers ``(m,)``, counted from 0.
     """
     if not many_processes():
-        return rows[choose(len(rows)).to(rows.device)]
-    counts = torch.zeros(dist.get_world_size(), dtype=torch.long, device=rows.device)
-    counts[dist.get_rank()] = len(rows)
+        return read(choose(number).to(device))
+    counts = torch.zeros(dist.get_world_size(), dtype=torch.long, device=device)
+    counts[dist.get_rank()] = number
     dist.all_reduce(counts)
-    chosen = choose(int(counts.sum())).to(rows.device)
+    chosen = choose(int(counts.sum())).to(device)
     dist.broadcast(chosen, 0)
     own = chosen - counts[: dist.get_rank()].sum()
-    here = (own >= 0) & (own < len(rows))
-    picked = rows.new_zeros((len(chosen), *rows.shape[1:]))
-    picked[here] = rows[own[here]]
+    here = (own >= 0) & (own < number)
+    mine = read(own[here])
+    picked = mine.new_zeros((len(chosen), *mine.shape[1:]))
+    picked[here] = mine
     dist.all_reduce(picked)  # every row has one owner: nothing is rounded
     return picked

@@ -6,6 +6,7 @@ Whatever the kind, ``codes`` are (..., D), ``partial_z_q`` are the cumulative su
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from vilau.configuration import VisionTowerConfig
 from vilau.modeling import codebook_search
-from vilau.modeling.codebook import DEFAULT_OPTIONS, CodebookOptions, Codebooks
+from vilau.modeling.codebook import DEFAULT_OPTIONS, CodebookOptions, Codebooks, with_value
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,31 @@ class Quantized:
     codebook_loss: torch.Tensor
 
 
+@dataclass(frozen=True)
+class DepthStep:
+    """One depth of a search: it was `asked` (N, width) for vectors, gave `codes` (N,) whose `vectors` (N, width) they
+    are, and now the sum of code vectors so far is `partial` (N, C)."""
+
+    asked: torch.Tensor
+    codes: torch.Tensor
+    vectors: torch.Tensor
+    partial: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Features ``(N, C)`` and what they were quantised to: `codes` (N, D), `z_q` (N, C), the `anchor` (N, C) that the
+    commitment loss draws them to, the sum of all `squared` distances, and, in training, how often each code was chosen,
+    `count` (books, K), and the sum of what it was chosen for, `total` (books, K, width)."""
+
+    codes: torch.Tensor
+    z_q: torch.Tensor
+    anchor: torch.Tensor
+    squared: torch.Tensor
+    count: torch.Tensor
+    total: torch.Tensor
+
+
 class Quantizer(Codebooks):
     """What residual and multi-codebook quantization have in common.
 
@@ -47,6 +73,7 @@ class Quantizer(Codebooks):
     """
 
     discrete = True
+    residual = False  # a depth quantises what those before left over: `z_e` is committed to the mean partial sum
 
     def __init__(
         self, codebook_size: int, code_dim: int, depth: int, books: int, width: int, options: CodebookOptions
@@ -63,9 +90,12 @@ class Quantizer(Codebooks):
         """Return the index ``(N,)`` of the code of `depth` nearest to each row of ``points`` (N, width), float32."""
         return codebook_search.nearest_codes(points, self.book(depth))
 
+    @torch.no_grad()
     def encode(self, z_e: torch.Tensor) -> torch.Tensor:
         """Return ``codes`` (..., D) of features ``z_e`` (..., C), eq. (3)."""
-        raise NotImplementedError
+        features = z_e.detach().reshape(-1, self.code_dim).float()
+        codes = torch.stack([step.codes for step in self.steps(features)], 1)
+        return codes.reshape(*z_e.shape[:-1], self.depth)
 
     def embed(self, codes: torch.Tensor) -> torch.Tensor:
         """Return the code vectors ``(..., D, C)`` of ``codes`` (..., D), in the full width of ``z_q``."""
@@ -88,26 +118,46 @@ class Quantizer(Codebooks):
         return self.partial_z_q(self.encode(z_e))
 
     def forward(self, z_e: torch.Tensor) -> Quantized:
-        """Quantize ``z_e`` (..., C), in float32 also under autocast; in training mode the codebook learns from it."""
+        """Quantize ``z_e`` (..., C), in float32 also under autocast; in training mode the codebook learns from it.
+
+        Depth by depth, so that memory grows with N and C but not with N D C.
+        """
         with torch.autocast(z_e.device.type, enabled=False):
-            features = z_e.float()
+            features = z_e.float().reshape(-1, self.code_dim)
             if self.training and not bool(self.initialised):
                 self.initialise(features)
-            codes = self.encode(features)
-            partial = self.partial_z_q(codes)  # (..., D, C)
-            z_q = noisy = _straight_through(features, partial[..., -1, :])
+            found = self._compare(features.detach())
+            z_q = noisy = _straight_through(features, found.z_q)
             if self.training and self.options.noise:
-                noisy = _straight_through(features, self.z_q(self.noisy(codes)))
-            commitment, loss = self._commitment(features, partial), features.new_zeros(())
+                noisy = _straight_through(features, self.z_q(self.noisy(found.codes)))
+            number = max(1, len(features)) * self.depth * self.width
+            commitment = with_value((features - found.anchor).square().mean(), found.squared / number)
+            loss = features.new_zeros(())
+            if self.training and self.by_gradient:
+                loss = self.pull(found.count, found.total, found.squared, number)
+            elif self.training:
+                self.update_averages(found.count, found.total, self._sampler(features.detach(), found.codes))
+        z_q, noisy = (part.reshape(z_e.shape).to(z_e.dtype) for part in (z_q, noisy))
+        return Quantized(found.codes.reshape(*z_e.shape[:-1], self.depth), z_q, noisy, commitment, loss)
+
+    @torch.no_grad()
+    def _compare(self, features: torch.Tensor) -> Comparison:
+        """Search for features ``(N, C)`` and gather, in training, the statistics of what was found."""
+        kept = self.books()
+        shape = kept.shape if self.training else kept[:, :0].shape
+        count, total = kept.new_zeros(shape[:2]), kept.new_zeros(shape)
+        squared, codes, anchor, partial = features.new_zeros(()), [], torch.zeros_like(features), features
+        for depth, step in enumerate(self.steps(features)):
+            partial = step.partial
+            codes.append(step.codes)
+            squared += (step.asked - step.vectors).square().sum()
+            if self.residual:
+                anchor += partial / self.depth
             if self.training:
-                flat = features.detach().reshape(-1, self.code_dim)
-                rows = codes.reshape(-1, self.depth)
-                asked = self._asked(flat, partial.reshape(-1, self.depth, self.code_dim))
-                if self.by_gradient:
-                    loss = self._codebook_loss(rows, asked)
-                else:
-                    self.update_averages(self.book_of_depth, rows, asked)
-        return Quantized(codes, z_q.to(z_e.dtype), noisy.to(z_e.dtype), commitment, loss)
+                book = self.book_of_depth[depth]
+                count[book].index_add_(0, step.codes, torch.ones_like(step.asked[:, 0]))
+                total[book].index_add_(0, step.codes, step.asked)
+        return Comparison(torch.stack(codes, 1), partial, anchor if self.residual else partial, squared, count, total)
 
     def initialise(self, z_e: torch.Tensor, iterations: int = 10) -> None:
         """Set the codebooks from features ``z_e`` (..., C) of all processes, alike on each of them, as `init` says."""
@@ -135,23 +185,36 @@ class Quantizer(Codebooks):
             codes[..., depth][chosen[..., depth]] = around.gather(1, pick).squeeze(1)
         return codes
 
-    def _codebook_loss(self, codes: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
-        """Mean squared distance of each code vector to what it was to stand for, with the gradient of the vectors.
+    def _sampler(self, features: torch.Tensor, codes: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
+        """Return a function that draws, alike on all processes, vectors that a codebook was asked for.
 
-        The gradient counterpart of the moving average: code ``e(k_d)`` is drawn to ``r_{d-1}``, which is not moved.
+        Drawn evenly, with repetition, from features ``(N, C)`` with codes ``(N, D)`` at all depths of that codebook.
         """
-        books = self.mapped_books()
-        distances = [
-            (asked[:, depth] - F.embedding(codes[:, depth], books[book])).square().mean()
-            for depth, book in enumerate(self.book_of_depth)
-        ]
-        return torch.stack(distances).mean()
 
-    def _commitment(self, features: torch.Tensor, partial: torch.Tensor) -> torch.Tensor:
+        def sample(book: int, wanted: int) -> torch.Tensor:
+            depths = [depth for depth, own in enumerate(self.book_of_depth) if own == book]
+
+            def choose(number: int) -> torch.Tensor:
+                return torch.randint(number, (min(wanted, number),), device="cpu")
+
+            def read(numbers: torch.Tensor) -> torch.Tensor:
+                rows, places = numbers // len(depths), numbers % len(depths)
+                asked = features.new_empty((len(numbers), self.width))
+                for place, depth in enumerate(depths):
+                    own = places == place
+                    asked[own] = self.asked_at(features[rows[own]], codes[rows[own]], depth)
+                return asked
+
+            return codebook_search.pick_rows(len(features) * len(depths), features.device, choose, read)
+
+        return sample
+
+    def steps(self, features: torch.Tensor) -> Iterator[DepthStep]:
+        """Go through the depths for features ``(N, C)``."""
         raise NotImplementedError
 
-    def _asked(self, features: torch.Tensor, partial: torch.Tensor) -> torch.Tensor:
-        """Return what each depth was asked to quantize, ``(N, D, width)``, of features (N, C) and sums (N, D, C)."""
+    def asked_at(self, features: torch.Tensor, codes: torch.Tensor, depth: int) -> torch.Tensor:
+        """Return what a depth is asked to quantize, ``(N, width)``, of features (N, C) with ``codes`` (N, D)."""
         raise NotImplementedError
 
     def _initialise(self, features: torch.Tensor, iterations: int) -> None:
@@ -167,7 +230,12 @@ class ResidualQuantizer(Quantizer):
         depth: `D`; 1 is plain vector quantization.
         shared: one codebook for all depths (paper), or one per depth.
         options: how the codebook starts and learns.
+
+    The commitment loss is RQ-VAE's: the mean over depths of ``|z_e - sg(z_q^(d))|^2``, whose gradient is that of the
+    distance to the mean of the partial sums.
     """
+
+    residual = True
 
     def __init__(
         self,
@@ -180,14 +248,14 @@ class ResidualQuantizer(Quantizer):
         super().__init__(codebook_size, code_dim, depth, 1 if shared else depth, code_dim, options)
         self.shared = shared
 
-    @torch.no_grad()
-    def encode(self, z_e: torch.Tensor) -> torch.Tensor:
-        residual = z_e.detach().reshape(-1, self.code_dim).float()
-        codes = []
+    def steps(self, features: torch.Tensor) -> Iterator[DepthStep]:
+        residual, partial = features, torch.zeros_like(features)
         for depth in range(self.depth):
-            codes.append(self.search(residual, depth))
-            residual = residual - self.book(depth)[codes[-1]]
-        return torch.stack(codes, 1).reshape(*z_e.shape[:-1], self.depth)
+            codes = self.search(residual, depth)
+            vectors = self.book(depth)[codes]
+            partial = partial + vectors
+            yield DepthStep(residual, codes, vectors, partial)
+            residual = residual - vectors
 
     def embed(self, codes: torch.Tensor) -> torch.Tensor:
         books = self.books()
@@ -198,13 +266,10 @@ class ResidualQuantizer(Quantizer):
     def code_vectors(self, codes: torch.Tensor, depth: int) -> torch.Tensor:
         return self.book(depth)[codes]
 
-    def _commitment(self, features: torch.Tensor, partial: torch.Tensor) -> torch.Tensor:
-        """RQ-VAE's: the mean over depths of the squared distance between `z_e` and the partial sums."""
-        return (features.unsqueeze(-2) - partial.detach()).square().mean()
-
-    def _asked(self, features: torch.Tensor, partial: torch.Tensor) -> torch.Tensor:
-        flat = features.unsqueeze(1)
-        return torch.cat([flat, (flat - partial)[:, :-1]], 1)
+    def asked_at(self, features: torch.Tensor, codes: torch.Tensor, depth: int) -> torch.Tensor:
+        for before in range(depth):
+            features = features - self.book(before)[codes[:, before]]
+        return features
 
     def _initialise(self, features: torch.Tensor, iterations: int) -> None:
         """Depth by depth on the residuals; a shared codebook gives each depth an equal share of its codes."""
@@ -230,6 +295,8 @@ class MultiCodebookQuantizer(Quantizer):
         code_dim: `C`, a multiple of `depth`.
         depth: `D`, the number of chunks.
         options: how the codebooks start and learn.
+
+    The commitment loss is the mean of ``|z_e - sg(z_q)|^2``: a partial sum says nothing of the chunks after it.
     """
 
     def __init__(
@@ -239,15 +306,17 @@ class MultiCodebookQuantizer(Quantizer):
             raise ValueError(f"code_dim {code_dim} does not divide into {depth} equal chunks of channels")
         super().__init__(codebook_size, code_dim, depth, depth, code_dim // depth, options)
 
-    def _chunks(self, z_e: torch.Tensor) -> torch.Tensor:
-        """Return features ``(..., C)`` as ``(N, D, C/D)`` in float32."""
-        return z_e.detach().reshape(-1, self.depth, self.width).float()
+    def _chunk(self, depth: int) -> slice:
+        return slice(depth * self.width, (depth + 1) * self.width)
 
-    @torch.no_grad()
-    def encode(self, z_e: torch.Tensor) -> torch.Tensor:
-        chunks = self._chunks(z_e)
-        codes = [self.search(chunks[:, depth], depth) for depth in range(self.depth)]
-        return torch.stack(codes, 1).reshape(*z_e.shape[:-1], self.depth)
+    def steps(self, features: torch.Tensor) -> Iterator[DepthStep]:
+        partial = torch.zeros_like(features)
+        for depth in range(self.depth):
+            asked = features[:, self._chunk(depth)].contiguous()
+            codes = self.search(asked, depth)
+            vectors = self.book(depth)[codes]
+            partial[:, self._chunk(depth)] = vectors
+            yield DepthStep(asked, codes, vectors, partial)
 
     def embed(self, codes: torch.Tensor) -> torch.Tensor:
         return torch.stack([self.code_vectors(codes[..., depth], depth) for depth in range(codes.shape[-1])], -2)
@@ -260,18 +329,14 @@ class MultiCodebookQuantizer(Quantizer):
         books = self.books()
         return torch.cat([books[depth][codes[..., depth]] for depth in range(self.depth)], -1)
 
-    def _commitment(self, features: torch.Tensor, partial: torch.Tensor) -> torch.Tensor:
-        """The mean squared distance between `z_e` and `z_q`: a partial sum says nothing of the chunks after it."""
-        return (features - partial[..., -1, :].detach()).square().mean()
-
-    def _asked(self, features: torch.Tensor, partial: torch.Tensor) -> torch.Tensor:
-        return self._chunks(features)
+    def asked_at(self, features: torch.Tensor, codes: torch.Tensor, depth: int) -> torch.Tensor:
+        return features[:, self._chunk(depth)]
 
     def _initialise(self, features: torch.Tensor, iterations: int) -> None:
-        generator, chunks = torch.Generator().manual_seed(0), self._chunks(features)
+        generator = torch.Generator().manual_seed(0)
         for depth in range(self.depth):
-            centres = self.fit(chunks[:, depth], self.codebook_size, iterations, generator)
-            self.set_book(depth, 0, centres)
+            asked = features[:, self._chunk(depth)].contiguous()
+            self.set_book(depth, 0, self.fit(asked, self.codebook_size, iterations, generator))
 
 
 class ContinuousTokens(nn.Module):
