@@ -32,6 +32,19 @@ class OptimizerConfig(_Strict):
     clip_norm: float = Field(1.0, gt=0)
 
 
+class ScaleConfig(_Strict):
+    """How steps are spread over processes, micro-batches and hardware; `docs/scale.md` says what each switch costs."""
+
+    sharding: Literal["ddp", "fsdp"] = Field("ddp", description="several processes: whole copies (DDP) or FSDP2")
+    cpu_offload: bool = Field(False, description="with fsdp: shards rest in the CPU's memory")
+    bucket_mb: float = Field(25.0, gt=0, description="with ddp: gradients that travel together")
+    accumulate: int = Field(1, ge=1, description="micro-batches per step and process")
+    precision: Literal["float32", "bf16"] = "float32"
+    allow_slow: bool = Field(False, description="bf16 also where it is slower than float32")
+    gradient_checkpointing: bool = Field(False, description="compute blocks again in the backward pass")
+    compile: bool = Field(False, description="torch.compile, block by block")
+
+
 class StageConfig(_Strict):
     """What every stage has: how long, how large, how fast, and from which weights."""
 
@@ -42,6 +55,7 @@ class StageConfig(_Strict):
     init_from: str | None = Field(
         None, description="folder of a finished stage; the previous stage of this run if absent"
     )
+    scale: ScaleConfig | None = Field(None, description="in place of the run's `scale`")
 
 
 class TowerStageConfig(StageConfig):
@@ -115,6 +129,11 @@ class TrainConfig(_Strict):
     text_encoder: dict[str, Any] = Field(..., description="fields of the SigLIP text encoder of stages 1")
     data: DataConfig = Field(default_factory=DataConfig)
     stages: Stages
+    scale: ScaleConfig = Field(default_factory=ScaleConfig)
+    skip_spikes: float = Field(
+        0.0, ge=0, description="leave out updates whose gradient norm is above so many times the recent median; 0: none"
+    )
+    loggers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=lambda: ["tensorboard"])
     log_every: int = Field(10, ge=1)
     save_every: int = Field(200, ge=1, description="steps between checkpoints")
     sample_every: int = Field(500, ge=1, description="steps between sample pictures")

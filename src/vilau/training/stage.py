@@ -20,7 +20,8 @@ from vilau.training.optimizers import build_optimizers, lr_share, set_lr
 class StepResult:
     """One batch's outcome on this process.
 
-    `loss` is this process's share: the shares of all processes add up to the loss of the global batch. `sums` maps
+    `loss` is this process's share: the shares of all processes add up to the loss of the global batch (with several
+    micro-batches per step: of the micro-batch, unless the stage sets `counts_whole_step`). `sums` maps
     the name of a figure to (sum, count) on this process; the engine reports the ratio over all processes.
     """
 
@@ -47,6 +48,7 @@ class Stage(ABC):
     name: str
     config: StageConfig
     module: nn.Module
+    counts_whole_step = False  # whether losses are divided by what `prepare` counted over all micro-batches of a step
 
     @property
     def state_module(self) -> nn.Module:
@@ -73,9 +75,29 @@ class Stage(ABC):
         """Return a context in which `module` has the weights that are validated and exported."""
         return nullcontext()
 
+    def sharded_blocks(self) -> list[nn.Module]:
+        """Return the blocks that FSDP2 shards one by one: every process must run each of them in every step."""
+        return []
+
+    def flops_per_step(self) -> float:
+        """Return the floating-point operations of one step over all processes, forward and backward; 0 if unknown."""
+        return 0.0
+
+    def prepare(self, batches: list[Any]) -> list[Any]:
+        """Return a step's micro-batches of this process, ready for `compute`; may talk to the other processes.
+
+        A stage whose losses are means over unevenly spread positions counts them here, over all micro-batches and
+        processes, and hands the counts on with each.
+        """
+        return batches
+
     @abstractmethod
     def make_batch(self, step: int, rank: int, world_size: int) -> Any:
-        """Return this process's part of the batch of a 0-based step: a pure function of its arguments."""
+        """Return one part of `world_size` of the batch of a 0-based step: a pure function of its arguments.
+
+        The parts are equal runs of the batch's sample numbers. With `n` micro-batches per process the engine asks for
+        `n` times as many parts as there are processes.
+        """
 
     @abstractmethod
     def compute(self, batch: Any, step: int) -> StepResult:
