@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from vilau.checkpoints.auto import register_released
 from vilau.checkpoints.loading import load_pretrained
 from vilau.configuration import DepthTransformerConfig, PositionKind, VilaUConfig, VisionTowerConfig
+from vilau.generation.position import Networks, Prompts, VisualStep
 from vilau.generation.sampling import SamplingOptions, row_seeds
-from vilau.generation.visual import Progress, generate_codes
+from vilau.generation.visual import Progress, VisualRequest, run_codes
 from vilau.modeling.vila_u import VilaULosses, VilaUModel
 from vilau.modeling.vision_tower import VisionTower
 
@@ -118,7 +120,7 @@ class VilaUForConditionalGeneration(VilaUModel, GenerationMixin):
             input_ids, kinds, attention_mask, pixel_values: as the processor returns them.
             generation_mode: `text`, `image` or `video`.
             kwargs: for text, everything that the library's own `generate` knows; for pictures and videos the
-                arguments of `generate_visual`.
+                arguments of `generate_visual` and `visual_request`.
 
         Returns:
             New token ids ``(B, T)`` for text, a `VisualOutput` otherwise.
@@ -152,77 +154,120 @@ class VilaUForConditionalGeneration(VilaUModel, GenerationMixin):
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor,
         video: bool,
-        unconditional_ids: torch.Tensor | None = None,
-        guidance_scale: float | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
-        num_images_per_prompt: int = 1,
         num_frames: int | None = None,
         progress: Progress | None = None,
+        **sampling: Any,
     ) -> VisualOutput:
         """Return pictures or videos for prompts ``inputs_embeds`` (B, L, H) that end with a visual start token.
 
         Args:
-            unconditional_ids: ``(1, U)`` ids of the prompt without its text; needed unless `guidance_scale` is 1.
-            guidance_scale, temperature, top_k, top_p: see `SamplingOptions`; absent, the model's defaults.
-            seed: any integer; the same seed gives the same codes.
-            num_images_per_prompt: pictures (or videos) for each prompt.
             num_frames: frames of a video; absent, the configuration's.
             progress: called with (positions done, total); returning ``False`` cancels.
+            sampling: the further arguments of `visual_request`.
+        """
+        request = self.visual_request(inputs_embeds, attention_mask, video, num_frames, **sampling)
+        codes = run_codes(VisualStep(Networks.of(self)), request, progress)
+        rows, frames = len(codes), request.positions // request.per_picture
+        codes = codes.unflatten(1, (frames, -1))  # (N, F, P, D)
+        pixels = self.vision_tower.decode(codes.flatten(0, 1)).unflatten(0, (rows, frames))
+        return VisualOutput(codes, pixels) if video else VisualOutput(codes[:, 0], pixels[:, 0])
+
+    @torch.no_grad()
+    def visual_request(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor,
+        video: bool,
+        num_frames: int | None = None,
+        unconditional_ids: torch.Tensor | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | Sequence[int] = 0,
+        num_images_per_prompt: int = 1,
+        guidance_schedule: str = "constant",
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+    ) -> VisualRequest:
+        """Return what the visual loop is to do for prompts ``inputs_embeds`` (B, L, H): see `generate_visual`.
+
+        Args:
+            unconditional_ids: ``(1, U)`` ids of the prompt without its text; needed unless `guidance_scale` is 1.
+            guidance_scale: of all prompts, or a list with that of each.
+            temperature, top_k, top_p, guidance_schedule, guidance_interval: see `SamplingOptions`; absent, the model's
+                defaults.
+            seed: any integer; the same seed gives the same codes. A list has one for each prompt, which is then drawn
+                as it would be alone.
+            num_images_per_prompt: pictures (or videos) for each prompt; they share its reading.
 
         Raises:
-            ValueError: the model reads continuous tokens and cannot draw, or an argument is out of range.
+            ValueError: a value is out of its range, or prompt and pictures exceed the model's context.
         """
-        self.check_draws()
-        options = self._options(guidance_scale, temperature, top_k, top_p)
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}; it must be at least 1")
-        frames = (num_frames or self.config.num_frames) if video else 1
+        count, copies = len(inputs_embeds), num_images_per_prompt
+        if copies < 1:
+            raise ValueError(f"num_images_per_prompt is {copies}; it must be at least 1")
         if num_frames is not None and num_frames < 1:
             raise ValueError(f"num_frames is {num_frames}; it must be at least 1")
-        positions = frames * self.config.vision_config.num_positions
+        per_picture = self.config.vision_config.num_positions
+        positions = per_picture * ((num_frames or self.config.num_frames) if video else 1)
         limit = self.config.context_length
         if limit is not None and inputs_embeds.shape[1] + positions > limit:
             raise ValueError(
                 f"the prompt's {inputs_embeds.shape[1]} positions and the {positions} to generate exceed the context "
                 f"of {limit}; shorten the prompt or ask for fewer frames"
             )
-        embeds = inputs_embeds.repeat_interleave(num_images_per_prompt, 0)
-        mask = attention_mask.repeat_interleave(num_images_per_prompt, 0)
-        rows = len(embeds)
-        if options.guidance_scale != 1:
+        scales = _one_for_each("guidance_scale", guidance_scale, count)
+        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        changes |= {"guidance_schedule": guidance_schedule, "guidance_interval": tuple(guidance_interval)}
+        base = replace(self.visual_defaults(), **changes)
+        options = [base if scale is None else replace(base, guidance_scale=scale) for scale in scales]
+        prompts = self._prompts(inputs_embeds, attention_mask, unconditional_ids, options, copies)
+        if isinstance(seed, int):
+            seeds = row_seeds(seed, count * copies, inputs_embeds.device)
+        else:
+            own = _one_for_each("seed", seed, count)
+            seeds = torch.cat([row_seeds(int(s), copies, inputs_embeds.device) for s in own])
+        return VisualRequest(prompts, positions, per_picture, [o for o in options for _ in range(copies)], seeds)
+
+    def _prompts(
+        self,
+        embeds: torch.Tensor,
+        mask: torch.Tensor,
+        unconditional_ids: torch.Tensor | None,
+        options: Sequence[SamplingOptions],
+        copies: int,
+    ) -> Prompts:
+        """Return each prompt once, and the unconditional one once for all pictures that are guided."""
+        conditional = [number for number in range(len(embeds)) for _ in range(copies)]
+        guided = [option.guidance_scale != 1 for option in options for _ in range(copies)]
+        if any(guided):
             if unconditional_ids is None:
                 raise ValueError("guidance needs unconditional_ids (the processor adds them); or set guidance_scale=1")
-            embeds, mask = self._add_unconditional(embeds, mask, unconditional_ids)
-        seeds = row_seeds(seed, rows, embeds.device)
-        codes = generate_codes(self, embeds, mask, positions, options, seeds, progress)
-        codes = codes.unflatten(1, (frames, -1))  # (N, F, P, D)
-        pixels = self.vision_tower.decode(codes.flatten(0, 1)).unflatten(0, (rows, frames))
-        return VisualOutput(codes, pixels) if video else VisualOutput(codes[:, 0], pixels[:, 0])
-
-    def _options(
-        self, guidance_scale: float | None, temperature: float | None, top_k: int | None, top_p: float | None
-    ) -> SamplingOptions:
-        base = self.visual_defaults()
-        return SamplingOptions(
-            base.guidance_scale if guidance_scale is None else guidance_scale,
-            base.temperature if temperature is None else temperature,
-            base.top_k if top_k is None else top_k,
-            base.top_p if top_p is None else top_p,
-        )
+            embeds, mask = self._add_unconditional(embeds, mask, unconditional_ids, 1)
+        last = len(embeds) - 1
+        return Prompts(embeds, mask, conditional, [last if g else None for g in guided])
 
     def _add_unconditional(
-        self, embeds: torch.Tensor, mask: torch.Tensor, ids: torch.Tensor
+        self, embeds: torch.Tensor, mask: torch.Tensor, ids: torch.Tensor, rows: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stack unconditional rows under the conditional ones, all left-padded to one length."""
-        empty = self.embed(ids[:1]).expand(len(embeds), -1, -1)
+        """Stack unconditional rows, as many as given ones if not told, under these, all left-padded to one length."""
+        empty = self.embed(ids[:1]).expand(len(embeds) if rows is None else rows, -1, -1)
         empty_mask = mask.new_ones(empty.shape[:2])
         length = max(embeds.shape[1], empty.shape[1])
         padded = [_pad_left(e, length) for e in (embeds, empty)]
         masks = [_pad_left(m, length) for m in (mask, empty_mask)]
         return torch.cat(padded), torch.cat(masks)
+
+
+def _one_for_each(name: str, value: Any, count: int) -> list[Any]:
+    """Return ``count`` values from one for all or a list with one for each."""
+    if value is None or isinstance(value, int | float):
+        return [value] * count
+    values = list(value)
+    if len(values) != count:
+        raise ValueError(f"{name} has {len(values)} values for {count} prompts; give one, or one for each")
+    return values
 
 
 def _pad_left(rows: torch.Tensor, length: int) -> torch.Tensor:

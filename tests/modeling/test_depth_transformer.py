@@ -41,11 +41,11 @@ def test_cached_steps_equal_teacher_forcing(depth: int) -> None:
     hidden, _, partial = partial_sums(depth=depth)
     expected = model(hidden, partial)
     assert expected.shape == (5, depth, K)
-    cache: list[Any] = []
+    cache = model.new_cache(len(hidden))
     for d in range(depth):
         logits = model.step(hidden if d == 0 else partial[:, d - 1], d, cache)
         torch.testing.assert_close(logits, expected[:, d], rtol=1e-5, atol=1e-5)
-    assert len(cache) == 2 and cache[0][0].shape == (5, 2, depth, 8)
+    assert len(cache.keys) == 2 and cache.keys[0].shape == (5, 2, depth, 8)
 
 
 @torch.no_grad()

@@ -112,7 +112,7 @@ def loop_losses(model: VilaUModel, sample: dict[str, torch.Tensor]) -> tuple[lis
             text.append(float(torch.logsumexp(logits, 0) - logits[sample["input_ids"][j]]))
         if sample["visual_targets"][j]:
             row: list[float] = []
-            cache: list[Any] = []
+            cache = model.depth_transformer.new_cache(1)
             for d, code in enumerate(codes[at].tolist()):
                 x = hidden[j - 1] if d == 0 else sum(book[c] for c in codes[at][:d])
                 logits = model.depth_transformer.step(x.unsqueeze(0), d, cache)[0]

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache
 
-from vilau.generation.guidance import guided_logits
-from vilau.generation.sampling import SamplingOptions, draw_codes, filter_logits
+from vilau.generation.guidance import guidance_table
+from vilau.generation.position import (
+    Language,
+    Networks,
+    Prompts,
+    UnifiedModel,
+    VisualState,
+    VisualStep,
+    read_prompts,
+)
+from vilau.generation.sampling import SamplingOptions, sampling_rows
 
 Progress = Callable[[int, int], object]
 
@@ -18,16 +26,102 @@ class Cancelled(RuntimeError):
     """The progress callback returned ``False``."""
 
 
-class UnifiedModel(Protocol):
-    """What the loop needs of the joined network."""
+@dataclass(frozen=True)
+class VisualRequest:
+    """Pictures or films to be made in one batch.
 
-    vision_tower: Any
-    projector: Any
-    language_model: Any
-    depth_transformer: Any
+    Args:
+        prompts: what they continue.
+        positions: visual positions of each, those of all frames together.
+        per_picture: positions of one picture or frame, over which guidance schedules run.
+        options: sampling of each of the B pictures; `guidance_scale` 1 goes with no unconditional prompt.
+        seeds: ``(B,)`` int64.
+    """
+
+    prompts: Prompts
+    positions: int
+    per_picture: int
+    options: Sequence[SamplingOptions]
+    seeds: torch.Tensor
+
+    def __post_init__(self) -> None:
+        count = len(self.seeds)
+        sizes = len(self.prompts.conditional), len(self.prompts.unconditional), len(self.options)
+        assert sizes == (count, count, count), (count, sizes)
+        for option, prompt in zip(self.options, self.prompts.unconditional, strict=True):
+            if option.guidance_scale != 1 and prompt is None:
+                raise ValueError(f"guidance_scale {option.guidance_scale:g} needs an unconditional prompt; 1 does not")
+
+    def scales(self) -> torch.Tensor:
+        """Return the guidance scale ``(positions, B)`` of every position, on the CPU."""
+        columns = [
+            guidance_table(
+                [o.guidance_scale], self.positions, self.per_picture, o.guidance_schedule, o.guidance_interval
+            )
+            for o in self.options
+        ]
+        return torch.cat(columns, 1)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A batch whose prompts have been read: `hidden` (R, H) predicts the first position."""
+
+    state: VisualState
+    language: Language
+    hidden: torch.Tensor
+    guided: list[bool]
+
+    @property
+    def last_guided(self) -> int:
+        """The last position with guidance, -1 if there is none."""
+        return max((number for number, guided in enumerate(self.guided) if guided), default=-1)
+
+
+def begin(networks: Networks, request: VisualRequest, static: bool = False) -> Begun:
+    """Read the prompts of a request, each once, and return what the first position starts from."""
+    scales = request.scales()
+    device = request.prompts.inputs_embeds.device
+    sampling = sampling_rows(request.options, networks.quantizer.codebook_size, device)
+    language, hidden = read_prompts(networks, request.prompts, request.positions, static)
+    state = VisualState.start(networks, request.prompts, request.seeds, scales, sampling)
+    return Begun(state, language, hidden, (scales != 1).any(1).tolist())
 
 
 @torch.no_grad()
+def iterate_codes(step: VisualStep, request: VisualRequest) -> Iterator[torch.Tensor]:
+    """Make the pictures of a request; yield the codes so far, ``(B, done, D)``, after every position.
+
+    What is yielded is a view that later positions do not change. To cancel, stop asking.
+    """
+    begun = begin(step.networks, request)
+    state, language, hidden = begun.state, begun.language, begun.hidden
+    count, last = len(request.seeds), begun.last_guided
+    codes = state.codes.new_zeros((count, request.positions, state.codes.shape[1]))
+    for position in range(request.positions):
+        if position == last + 1:
+            language.keep(count)  # no guidance from here on: the unconditional rows are done
+            hidden = hidden[:count]
+        if position:
+            hidden = step.advance(state, language)
+        codes[:, position] = step.draw(hidden, state, begun.guided[position])
+        yield codes[:, : position + 1]
+
+
+def run_codes(step: VisualStep, request: VisualRequest, progress: Progress | None = None) -> torch.Tensor:
+    """Make the pictures of a request and return their codes ``(B, positions, D)``.
+
+    Raises:
+        Cancelled: `progress`, called with (done, total) after each position, returned ``False``.
+    """
+    codes = request.seeds.new_zeros((len(request.seeds), 0, step.networks.quantizer.depth))
+    for codes in iterate_codes(step, request):
+        done = codes.shape[1]
+        if progress is not None and progress(done, request.positions) is False:
+            raise Cancelled(f"cancelled after {done} of {request.positions} positions")
+    return codes
+
+
 def generate_codes(
     model: UnifiedModel,
     inputs_embeds: torch.Tensor,
@@ -37,7 +131,7 @@ def generate_codes(
     seeds: torch.Tensor,
     progress: Progress | None = None,
 ) -> torch.Tensor:
-    """Return ``codes`` (B, positions, D) that continue left-padded prompts.
+    """Return ``codes`` (B, positions, D) that continue left-padded prompts, one row of prompt for each.
 
     Args:
         model: the joined network.
@@ -51,51 +145,12 @@ def generate_codes(
     Raises:
         Cancelled: the callback asked for it.
     """
-    decoder = model.language_model.base_model
-    cache = DynamicCache(config=model.language_model.config)
+    count = len(seeds)
     guided = options.guidance_scale != 1
-    rows = len(seeds) * (2 if guided else 1)
+    rows = count * (2 if guided else 1)
     if len(inputs_embeds) != rows:
-        raise ValueError(f"{len(inputs_embeds)} prompt rows for {len(seeds)} pictures; {rows} were expected")
-    mask = torch.cat([attention_mask, attention_mask.new_ones((rows, positions))], 1)
-    places = attention_mask.long().cumsum(1) - 1
-    length = inputs_embeds.shape[1]
-    embeds, place = inputs_embeds, places.clamp_min(0)
-    chosen = []
-    for position in range(positions):
-        hidden = decoder(
-            inputs_embeds=embeds,
-            attention_mask=mask[:, : length + position],
-            position_ids=place,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
-        codes = _depth_steps(model, hidden, options, seeds, position)
-        chosen.append(codes)
-        if progress is not None and progress(position + 1, positions) is False:
-            raise Cancelled(f"cancelled after {position + 1} of {positions} positions")
-        if position + 1 < positions:
-            embeds = model.projector(model.vision_tower.quantizer.z_q(codes)).unsqueeze(1)
-            embeds = (torch.cat([embeds, embeds]) if guided else embeds).to(inputs_embeds.dtype)
-            place = place[:, -1:] + 1
-    return torch.stack(chosen, 1)
-
-
-def _depth_steps(
-    model: UnifiedModel, hidden: torch.Tensor, options: SamplingOptions, seeds: torch.Tensor, position: int
-) -> torch.Tensor:
-    """Return the codes ``(B, D)`` of one position from hidden states ``(R, H)``; both halves get the same codes."""
-    quantizer = model.vision_tower.quantizer
-    guided = options.guidance_scale != 1
-    cache: list[tuple[torch.Tensor, torch.Tensor]] = []
-    x, codes = hidden, []
-    partial = torch.zeros((), device=hidden.device)
-    for depth in range(quantizer.depth):
-        logits = model.depth_transformer.step(x, depth, cache)
-        if guided:
-            logits = guided_logits(logits, options.guidance_scale)
-        code = draw_codes(filter_logits(logits, options), seeds, position, depth)
-        codes.append(code)
-        partial = partial + quantizer.code_vectors(code, depth)
-        x = (torch.cat([partial, partial]) if guided else partial).to(hidden.dtype)
-    return torch.stack(codes, 1)
+        raise ValueError(f"{len(inputs_embeds)} prompt rows for {count} pictures; {rows} were expected")
+    unconditional = [count + number if guided else None for number in range(count)]
+    prompts = Prompts(inputs_embeds, attention_mask, range(count), unconditional)
+    request = VisualRequest(prompts, positions, positions, [options] * count, seeds)
+    return run_codes(VisualStep(Networks.of(model)), request, progress)

@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vilau.configuration import DepthTransformerConfig
 
-DepthCache = list[tuple[torch.Tensor, torch.Tensor]]
+
+@dataclass(frozen=True)
+class DepthCache:
+    """Keys and values of the depth steps of one position, in tensors that stay where they are.
+
+    `keys` and `values` hold one tensor ``(N, heads, D, W / heads)`` per block; step `d` writes place `d` and reads the
+    places up to it, so the next position starts by writing over the last one's.
+    """
+
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+
+    def first(self, rows: int) -> DepthCache:
+        """Return the cache of the first rows, in the same memory."""
+        return DepthCache(tuple(k[:rows] for k in self.keys), tuple(v[:rows] for v in self.values))
 
 
-class DepthBlock(nn.Module):
-    """A pre-norm transformer block, causal over the depth steps; biases everywhere, exact GELU."""
+class DepthBlock(GradientCheckpointingLayer):
+    """A pre-norm transformer block, causal over the depth steps; biases everywhere, exact GELU.
+
+    With ``gradient_checkpointing_enable()`` its activations are computed again on the way back.
+    """
 
     def __init__(self, config: DepthTransformerConfig) -> None:
         super().__init__()
@@ -28,20 +48,29 @@ class DepthBlock(nn.Module):
         self.fc2 = nn.Linear(config.mlp_ratio * width, width)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, x: torch.Tensor, past: tuple[torch.Tensor, torch.Tensor] | None = None
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """Advance ``x`` (N, T, W); `past` holds keys and values ``(N, heads, t, W/heads)`` of earlier steps."""
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Advance ``x`` (N, T, W), all depth steps at once."""
         normed = self.norm1(x)
         q, k, v = (
             m(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2) for m in (self.query, self.key, self.value)
         )
-        if past is not None:
-            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=past is None and x.shape[1] > 1)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=x.shape[1] > 1)
         x = x + self.dropout(self.out(mixed.transpose(1, 2).flatten(2)))
-        x = x + self.dropout(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
-        return x, (k, v)
+        return x + self.dropout(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
+
+    def step(self, x: torch.Tensor, depth: int, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Advance ``x`` (N, W) by one depth; `keys` and `values` (N, heads, D, W/heads) gain the place `depth`."""
+        normed = self.norm1(x)
+        key, value = (m(normed).unflatten(-1, (self.heads, -1)) for m in (self.key, self.value))  # (N, heads, W/heads)
+        keys[:, :, depth], values[:, :, depth] = key, value
+        if depth == 0:
+            mixed = value  # one key: its softmax is 1 whatever the query
+        else:
+            query = self.query(normed).unflatten(-1, (self.heads, 1, -1))
+            seen = slice(0, depth + 1)
+            mixed = F.scaled_dot_product_attention(query, keys[:, :, seen], values[:, :, seen])
+        x = x + self.out(mixed.flatten(1))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
 class DepthTransformer(nn.Module):
@@ -61,7 +90,7 @@ class DepthTransformer(nn.Module):
         self, config: DepthTransformerConfig, input_size: int, code_dim: int, depth: int, codebook_size: int
     ) -> None:
         super().__init__()
-        self.depth = depth
+        self.depth, self.heads = depth, config.num_attention_heads
         self.project_hidden = nn.Linear(input_size, config.hidden_size)
         self.project_codes = nn.Linear(code_dim, config.hidden_size)
         self.position_embedding = nn.Parameter(torch.zeros(depth, config.hidden_size))
@@ -80,27 +109,31 @@ class DepthTransformer(nn.Module):
         rest = self.project_codes(partial_z_q[:, : self.depth - 1])
         x = torch.cat([first, rest], 1) + self.position_embedding
         for block in self.blocks:
-            x, _ = block(x)
+            x = block(x)
         return self.norm(x)
 
     def forward(self, hidden_states: torch.Tensor, partial_z_q: torch.Tensor) -> torch.Tensor:
         """Return ``depth_logits`` (N, D, K) for teacher-forced codes; see `hidden` for the arguments."""
         return self.head(self.hidden(hidden_states, partial_z_q))
 
+    def new_cache(self, rows: int) -> DepthCache:
+        """Return an empty cache for ``rows`` rows, in the dtype and on the device of the weights."""
+        weight = self.position_embedding
+        shape = (rows, self.heads, self.depth, weight.shape[1] // self.heads)
+        keys = tuple(weight.new_zeros(shape) for _ in self.blocks)
+        return DepthCache(keys, tuple(torch.zeros_like(k) for k in keys))
+
     def step(self, x: torch.Tensor, depth: int, cache: DepthCache) -> torch.Tensor:
-        """Return logits ``(N, K)`` of one depth and extend `cache` (start with an empty list).
+        """Return logits ``(N, K)`` of one depth; for evaluation only, as it leaves dropout out.
 
         Args:
             x: hidden states ``(N, H)`` at depth 0, the sum of the code vectors so far ``(N, C)`` after it.
-            depth: 0-based depth.
-            cache: keys and values per block, changed in place.
+            depth: 0-based depth; the steps of one position follow each other from 0 on.
+            cache: of `new_cache` for N rows, changed in place.
         """
         projected = self.project_hidden(x) if depth == 0 else self.project_codes(x)
-        x = (projected + self.position_embedding[depth]).unsqueeze(1)
-        for i, block in enumerate(self.blocks):
-            x, present = block(x, cache[i] if depth else None)
-            if depth:
-                cache[i] = present
-            else:
-                cache.append(present)
-        return self.head(self.norm(x[:, 0]))
+        x = projected + self.position_embedding[depth]
+        for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
+            assert isinstance(block, DepthBlock)
+            x = block.step(x, depth, keys, values)
+        return self.head(self.norm(x))
