@@ -10,9 +10,12 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
+from .folder import FolderConfig
+from .parquet import ParquetConfig
 from .source import SourceConfig
+from .webdataset import WebdatasetConfig
 
-FORMATS: tuple[type[SourceConfig], ...] = ()
+FORMATS: tuple[type[SourceConfig], ...] = (WebdatasetConfig, ParquetConfig, FolderConfig)
 
 
 def format_names() -> list[str]:

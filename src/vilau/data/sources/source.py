@@ -11,7 +11,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
@@ -36,6 +36,7 @@ KINDS: dict[str, str] = {
     "bad_record": "a field that is missing or of the wrong kind",
     "image_count": "marks of pictures and pictures do not match",
     "unknown_role": "a speaker that is neither user nor assistant",
+    "turn_order": "speakers that do not take turns",
     "empty_answer": "an answer without words or pictures",
     "remote_file": "an address instead of a file: nothing is fetched",
     "too_long": "more positions than a row holds",
@@ -268,13 +269,31 @@ def read_file(path: str | os.PathLike[str], where: str, limit: int = 2_000_000_0
     return data
 
 
-def image_text(sample_id: str, pixels: np.ndarray, caption: str, **meta: Any) -> Sample:
+def captions_in(value: Any, where: str) -> list[str]:
+    """Return the captions that a field holds: a text, a list of texts, or a mapping of names to texts.
+
+    Raises:
+        BadSample: missing_text - there is none.
+    """
+    if isinstance(value, Mapping):
+        value = [value[name] for name in sorted(value, key=str)]
+    if isinstance(value, list | tuple | np.ndarray):
+        found = [item.strip() for item in value if isinstance(item, str) and item.strip()]
+        if not found:
+            raise BadSample("missing_text", f"{where}: none of {len(value)} captions has words")
+        return found
+    return [require_text(value, where)]
+
+
+def image_text(sample_id: str, pixels: np.ndarray, captions: str | Sequence[str], **meta: Any) -> Sample:
     """Return a picture ``(H, W, 3)`` uint8 and its caption as a sample of form ``image_text``.
 
-    A mixture may turn it round into ``text_image``.
+    A mixture may turn it round into ``text_image``; of several captions, which stand in ``meta["captions"]``, it takes
+    another one each epoch.
     """
-    turns = (Turn("user", (image(pixels),)), Turn("assistant", (text(caption),)))
-    return Sample(sample_id, "image_text", turns, meta)
+    several = (captions,) if isinstance(captions, str) else tuple(captions)
+    turns = (Turn("user", (image(pixels),)), Turn("assistant", (text(several[0]),)))
+    return Sample(sample_id, "image_text", turns, meta | ({"captions": several} if len(several) > 1 else {}))
 
 
 def _refuse_remote(source: Any, where: str) -> None:
