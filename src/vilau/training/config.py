@@ -58,16 +58,52 @@ class StageConfig(_Strict):
     scale: ScaleConfig | None = Field(None, description="in place of the run's `scale`")
 
 
-class TowerStageConfig(StageConfig):
-    """Stages `align` and `vision_tower`: the losses of eq. (1) and what learns."""
+class DiscriminatorConfig(_Strict):
+    """Sizes of the PatchGAN discriminator; RQ-VAE has 2 layers, VQGAN 3."""
 
-    contrastive: Literal["sigmoid", "softmax"] = "sigmoid"
-    contrastive_weight: float = Field(1.0, ge=0)
-    reconstruction_weight: float = Field(1.0, ge=0)
-    pixel_loss: Literal["l1", "l2"] = "l2"
-    pixel_weight: float = Field(1.0, ge=0)
+    channels: int = Field(64, ge=1)
+    layers: int = Field(2, ge=1, description="convolutions with stride 2")
+    groups: int = Field(32, ge=1, description="groups of every GroupNorm")
+
+
+def _discriminator_optimizer() -> OptimizerConfig:
+    return OptimizerConfig(lr=4e-5, betas=(0.5, 0.9), weight_decay=0.0, warmup_steps=0, final_lr=1.0)  # RQ-VAE's
+
+
+class TowerStageConfig(StageConfig):
+    """Stages `align` and `vision_tower`: the losses of eq. (1), what learns, and from which weights."""
+
+    init_parts: list[str] = Field(
+        default_factory=list, description="regular expressions of what init_from gives; everything if empty"
+    )
+    init_siglip: str | None = Field(None, description="SigLIP or SigLIP 2 checkpoint: a folder or a hub id")
+    siglip_parts: list[str] = Field(
+        default_factory=lambda: ["^image_encoder", "^text_encoder", "^logit_"],
+        description="regular expressions of what init_siglip gives",
+    )
     train_text_encoder: bool = False
     train_image_encoder: bool = True
+    weight_ema: float = Field(0.0, ge=0, lt=1, description="decay of averaged weights, which are exported; 0: none")
+
+    contrastive: Literal["sigmoid", "softmax"] = "sigmoid"
+    contrastive_weight: float = Field(1.0, ge=0, description="0: reconstruction only, no captions needed")
+    reconstruction_weight: float = Field(1.0, ge=0, description="of pixels, perceptual, adversarial and commitment")
+    reconstruction_share: float = Field(1.0, gt=0, le=1, description="share of the samples that are reconstructed")
+    pixel_loss: Literal["l1", "l2"] = "l2"
+    pixel_weight: float = Field(1.0, ge=0)
+    perceptual: Literal["lpips", "siglip", "none"] = "none"
+    perceptual_weight: float = Field(1.0, ge=0)
+    perceptual_layers: list[int] = Field(
+        default_factory=list, description="encoder layers of `siglip`, 1 being the first; four evenly spaced if empty"
+    )
+    lpips_weights: list[str] = Field(
+        default_factory=list, description="local weight files of `lpips`; the packages lpips and torchvision if empty"
+    )
+    adversarial_weight: float = Field(0.0, ge=0, description="times the adaptive weight; 0: no discriminator")
+    adversarial_start: int = Field(0, ge=0, description="0-based step at which discriminator and its loss begin")
+    adversarial_limit: float = Field(1e4, gt=0, description="largest adaptive weight")
+    discriminator: DiscriminatorConfig = Field(default_factory=DiscriminatorConfig)
+    discriminator_optimizer: OptimizerConfig = Field(default_factory=_discriminator_optimizer)
 
 
 class LoraConfig(_Strict):
@@ -126,7 +162,9 @@ class TrainConfig(_Strict):
     seed: int = 0
     threads: int | None = Field(None, ge=1, description="CPU threads per process")
     model: dict[str, Any] = Field(..., description="fields of VilaUConfig")
-    text_encoder: dict[str, Any] = Field(..., description="fields of the SigLIP text encoder of stages 1")
+    text_encoder: dict[str, Any] = Field(
+        default_factory=dict, description="fields of the SigLIP text encoder of stages 1; no such encoder if empty"
+    )
     data: DataConfig = Field(default_factory=DataConfig)
     stages: Stages
     scale: ScaleConfig = Field(default_factory=ScaleConfig)

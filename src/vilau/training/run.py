@@ -22,9 +22,10 @@ from vilau.training import parallel
 from vilau.training.config import STAGE_ORDER, LanguageStageConfig, StageName, TowerStageConfig, TrainConfig
 from vilau.training.engine import Engine, EngineOptions, SampleHook, ValidationHook, is_finished
 from vilau.training.language import LanguageStage
-from vilau.training.model_config import build_config, build_text_encoder_config
+from vilau.training.model_config import build_config
 from vilau.training.stage import Stage
 from vilau.training.stopping import StopSignal, check_marker
+from vilau.training.tower_init import starting_tower
 from vilau.training.vision_tower import TowerStage
 
 logger = logging.getLogger(__name__)
@@ -107,14 +108,19 @@ def build_stage(config: TrainConfig, name: StageName, previous: Path | None, see
 def _tower_stage(
     config: TrainConfig, name: StageName, settings: TowerStageConfig, folder: Path | None, seed: int
 ) -> TowerStage:
-    tokenizer = load_tokenizer(config)
-    tower_config = build_config(config, tokenizer).vision_config
-    tower_config.text_encoder_config = build_text_encoder_config(config, tokenizer, tower_config.hidden_size)
-    tower = VisionTower.from_pretrained(folder) if folder else VisionTower(tower_config)
+    start = starting_tower(config, settings, folder, load_tokenizer(config))
+    tower = start.tower
+    if settings.perceptual == "siglip" and not start.sees:
+        logger.warning(
+            "%s: perceptual 'siglip' compares features of the initial image encoder, which is untrained here: a random "
+            "network's distances, little more than pixels; use 'lpips' or 'none' to start from scratch",
+            name,
+        )
     size = settings.steps * settings.batch_size
-    pictures = ImageTextDataset(load_world(config), "train", seed, tower_config.image_size, size)
-    length = tower.config.text_encoder_config.max_position_embeddings
-    return TowerStage(name, settings, tower, pictures, tokenizer, length)
+    pictures = ImageTextDataset(load_world(config), "train", seed, tower.config.image_size, size)
+    text = tower.config.text_encoder_config
+    length = text.max_position_embeddings if text is not None else 1
+    return TowerStage(name, settings, tower, pictures, start.tokenizer, length, seed)
 
 
 def _language_stage(
