@@ -184,23 +184,54 @@ class TrainConfig(_Strict):
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
     """Read a YAML configuration and apply dotted overrides such as ``stages.sft.steps=100``.
 
+    A file with the key ``base`` names another one, relative to itself, that it changes: groups are merged key by key,
+    lists and values replaced, and ``null`` takes a key of the base away.
+
     Raises:
         ValueError: unreadable file, wrong key (the nearest right one is named) or a value out of range.
     """
-    try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} must hold a mapping of keys to values")
+    raw = _read(Path(path), ())
     for override in overrides:
         _apply_override(raw, override)
     try:
         return TrainConfig.model_validate(raw)
     except ValidationError as error:
         raise ValueError(f"{path}: " + "; ".join(_explain(item) for item in error.errors())) from error
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """Return the mapping of a file, merged into that of its base; `above` are the files that led here."""
+    if path.resolve() in above:
+        raise ValueError(f"{path} is its own base, directly or through others; remove the key 'base' from one of them")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} must hold a mapping of keys to values")
+    if "base" not in raw:
+        return raw
+    base = raw.pop("base")
+    if not isinstance(base, str):
+        raise ValueError(f"{path}: base must be the path of one file, got {base!r}")
+    return _merged(_read(path.parent / base, (*above, path.resolve())), raw, path)
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any], path: Path, where: str = "") -> dict[str, Any]:
+    result = {**base}
+    for key, value in changes.items():
+        name = f"{where}{key}"
+        if value is None:
+            if key not in base:
+                raise ValueError(f"{path}: null takes {name!r} away, but its base has no such key")
+            del result[key]
+        elif isinstance(value, dict) and isinstance(base.get(key), dict):
+            result[key] = _merged(base[key], value, path, f"{name}.")
+        else:
+            result[key] = value
+    return result
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
