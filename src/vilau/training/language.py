@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from vilau.data.collate import Batch, collate
 from vilau.data.sample import FORMS, Sample
@@ -25,6 +28,15 @@ class SampleSource(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
 
+@dataclass(frozen=True, eq=False)
+class CountedBatch:
+    """A micro-batch with the supervised text positions and codes of its whole step, over all processes."""
+
+    batch: Batch
+    text_count: float
+    visual_count: float
+
+
 class LanguageStage(Stage):
     """Train on packed rows of whole samples; the vision tower is frozen and in evaluation mode (section 3.2).
 
@@ -37,6 +49,7 @@ class LanguageStage(Stage):
     """
 
     config: LanguageStageConfig
+    counts_whole_step = True
 
     def __init__(
         self, name: str, config: LanguageStageConfig, model: VilaUModel, source: SampleSource, processor: Any, seed: int
@@ -65,27 +78,39 @@ class LanguageStage(Stage):
             drop_text=drops_text(self.seed, sample.id, self.config.text_dropout),
         )
 
-    def compute(self, batch: Batch, step: int) -> StepResult:
-        batch = batch.to(self.model.device)
-        frames = to_pixel_values(batch.frames) if len(batch.frames) else None
-        visual_targets = batch.visual_targets
+    def sharded_blocks(self) -> list[nn.Module]:
+        return list(self.model.language_model.base_model.layers)
+
+    def prepare(self, batches: Sequence[Batch]) -> list[CountedBatch]:
+        """Draw which positions the depth loss is computed on, and count targets over the step, to divide by."""
         if self.config.visual_share < 1:
-            drawn = torch.rand(visual_targets.shape, device=visual_targets.device)
-            visual_targets = visual_targets & (drawn < self.config.visual_share)
+            batches = [replace(batch, visual_targets=self._draw(batch.visual_targets)) for batch in batches]
+        depth = self.model.config.vision_config.depth
+        text = sum(float(batch.text_targets.sum()) for batch in batches)
+        visual = sum(float(batch.visual_targets.sum()) * depth for batch in batches)
+        counts = parallel.sum_over_ranks(torch.tensor([text, visual], dtype=torch.float64)).clamp_min(1).tolist()
+        return [CountedBatch(batch, *counts) for batch in batches]
+
+    def _draw(self, targets: torch.Tensor) -> torch.Tensor:
+        return targets & (torch.rand(targets.shape, device=targets.device) < self.config.visual_share)
+
+    def compute(self, batch: Batch | CountedBatch, step: int) -> StepResult:
+        """Return loss and figures of a prepared micro-batch; one that was not prepared is a step of its own."""
+        counted = batch if isinstance(batch, CountedBatch) else self.prepare([batch])[0]
+        batch = counted.batch.to(self.model.device)
+        frames = to_pixel_values(batch.frames) if len(batch.frames) else None
         losses = self.model.losses(
             batch.input_ids,
             batch.kinds,
             batch.text_targets,
-            visual_targets,
+            batch.visual_targets,
             codes=batch.codes if len(batch.codes) else None,
             pixel_values=frames,
             position_ids=batch.position_ids,
             fused=self.config.fused_loss,
         )
-        counts = torch.tensor([losses.text.numel(), losses.visual.numel()], dtype=torch.float64)
-        text_count, visual_count = parallel.sum_over_ranks(counts).clamp_min(1).tolist()
-        loss = self.config.text_weight * losses.text.sum() / text_count
-        loss = loss + self.config.visual_weight * losses.visual.sum() / visual_count
+        loss = self.config.text_weight * losses.text.sum() / counted.text_count
+        loss = loss + self.config.visual_weight * losses.visual.sum() / counted.visual_count
         sums: dict[str, Any] = {
             "text": (losses.text.detach().sum(), losses.text.numel()),
             "visual": (losses.visual.detach().sum(), losses.visual.numel()),

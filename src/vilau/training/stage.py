@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vilau.data.mixture import SkipCounts
 from vilau.training.config import StageConfig
 from vilau.training.optimizers import build_optimizers, lr_share, set_lr
 
@@ -90,6 +92,11 @@ class Stage(ABC):
         processes, and hands the counts on with each.
         """
         return batches
+
+    def take_skips(self) -> SkipCounts:
+        """Return what was skipped while making batches in this process since the last call."""
+        take = getattr(getattr(self, "source", None), "take_skips", None)
+        return take() if take is not None else Counter()
 
     @abstractmethod
     def make_batch(self, step: int, rank: int, world_size: int) -> Any:
