@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 MODEL_TYPE = "vilau"
+TOWER_TYPE = "vilau_vision_tower"  # a vision tower alone, as stage 1 leaves it
 PARTS = ("vision_config", "text_config", "depth_config")
 RELEASED_TYPE = "vila_u_llama"  # the layout that VILA-U's authors publish
 RELEASED_PARTS = ("llm", "vision_tower", "mm_projector")
@@ -26,13 +29,26 @@ def find_model(model: str | os.PathLike[str] | None = None) -> str | Path:
                 "and name its folder"
             )
         return SHIPPED_MODEL
+    return _find(model, _check_folder)
+
+
+def find_tower(model: str | os.PathLike[str] | None = None) -> str | Path:
+    """Return the folder that holds a vision tower, alone or in a whole model, or the hub id as it is.
+
+    Raises:
+        ValueError: there is no such tower.
+    """
+    return find_model(None) if model is None else _find(model, _check_tower_folder)
+
+
+def _find(model: str | os.PathLike[str], check: Callable[[Path], None]) -> str | Path:
     path = Path(model)
     try:
         is_folder, exists = path.is_dir(), path.exists()
     except (OSError, ValueError):  # a name too long, or with a NUL
         is_folder = exists = False
     if is_folder:
-        _check_folder(path)
+        check(path)
         return path
     if exists:
         raise ValueError(f"{path} is not a model: a model is a folder with config.json and model.safetensors")
@@ -42,8 +58,21 @@ def find_model(model: str | os.PathLike[str] | None = None) -> str | Path:
     return name
 
 
-def _check_folder(path: Path) -> None:
-    """Refuse what is no model of this kind: the library would fill the gaps with defaults of many gigabytes."""
+def model_type(path: Path) -> str | None:
+    """Return the `model_type` of a folder's ``config.json``; None where it has none.
+
+    Raises:
+        ValueError: there is no such file, or it is no JSON.
+    """
+    return _read_config(path).get("model_type")
+
+
+def _check_tower_folder(path: Path) -> None:
+    if model_type(path) != TOWER_TYPE:
+        _check_folder(path)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
         raise ValueError(f"{path} is not a model: it holds no config.json")
@@ -51,7 +80,13 @@ def _check_folder(path: Path) -> None:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read as JSON: {error}") from error
-    kind = config.get("model_type") if isinstance(config, dict) else None
+    return config if isinstance(config, dict) else {}
+
+
+def _check_folder(path: Path) -> None:
+    """Refuse what is no model of this kind: the library would fill the gaps with defaults of many gigabytes."""
+    config = _read_config(path)
+    kind = config.get("model_type")
     if kind == RELEASED_TYPE:
         absent = [part for part in RELEASED_PARTS if not (path / part).is_dir()]
         if absent:
@@ -63,4 +98,4 @@ def _check_folder(path: Path) -> None:
         raise ValueError(f"{path} holds a model of another kind: its model_type is {kind!r} and not {MODEL_TYPE!r}")
     missing = [part for part in PARTS if not isinstance(config.get(part), dict)]
     if missing:
-        raise ValueError(f"{file} is not complete: it has no {', '.join(missing)}")
+        raise ValueError(f"{path / 'config.json'} is not complete: it has no {', '.join(missing)}")

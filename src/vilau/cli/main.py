@@ -13,7 +13,7 @@ from pathlib import Path
 import typer
 
 from vilau import __version__
-from vilau.cli import ask, convert, data, demo, evaluate, generate, info, parity
+from vilau.cli import ask, convert, data, demo, evaluate, experiments, generate, info, parity
 from vilau.cli.common import one_line
 
 INTERRUPTED = 130
@@ -61,6 +61,7 @@ def train(
 
 
 app.add_typer(data.app, name="data")
+app.add_typer(experiments.app, name="experiments")
 app.command("convert")(convert.convert)
 app.command("info")(info.info)
 app.command("eval")(evaluate.evaluate)

@@ -61,7 +61,12 @@ class TowerValidation:
 
 def write_json(value: Any, target: Path) -> None:
     """Write a JSON file that appears whole or not at all."""
+    write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", target)
+
+
+def write_text(text: str, target: Path) -> None:
+    """Write a text file that appears whole or not at all; its folder is made."""
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.write_text(text, encoding="utf-8")
     beside.replace(target)
