@@ -1,14 +1,24 @@
-"""Residual quantization against plain computations: codes, sums, gradients, moving averages, restarts, dtype."""
+"""Quantizers against plain computations: codes, sums, gradients, moving averages, restarts, dtype, one interface."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from vilau.modeling.quantizer import CodebookOptions, ResidualQuantizer
+from vilau.modeling.quantizer import (
+    CodebookOptions,
+    MultiCodebookQuantizer,
+    Quantizer,
+    ResidualQuantizer,
+    build_quantizer,
+)
 
 SEED = 7
 
@@ -204,7 +214,8 @@ def test_initialisation_from_data_lowers_the_error(shared: bool) -> None:
 def test_initialisation_with_fewer_vectors_than_codes() -> None:
     """A first batch smaller than the codebook must not fail or leave numbers that are not finite."""
     quantizer = ResidualQuantizer(64, 6, 2, shared=False).train()
-    out = quantizer(torch.randn(10, 6))
+    with pytest.warns(UserWarning, match="10 vectors cannot set 64 codes"):
+        out = quantizer(torch.randn(10, 6))
     assert torch.isfinite(quantizer.codebook).all() and torch.isfinite(out.z_q).all()
 
 
@@ -261,3 +272,138 @@ def test_scale_of_a_fresh_codebook() -> None:
     for width in (4, 64, 1024):
         lengths = ResidualQuantizer(200, width, 1).codebook.norm(dim=-1)
         assert math.isclose(float(lengths.square().mean()), 1.0, rel_tol=0.2)
+
+
+KINDS = {"rq": {}, "rq-separate": {"shared_codebook": False}, "vq": {"depth": 1}, "mcq": {"quantizer": "mcq"}}
+
+
+def from_config(make_config: Callable[..., Any], kind: str, learning: str = "ema") -> Quantizer:
+    """The quantizer that a configuration builds: codes of width 12, depth 3 unless the kind says otherwise."""
+    torch.manual_seed(SEED)
+    changes = {"code_dim": 12, "depth": 3, "codebook_learning": learning, **KINDS[kind]}
+    quantizer = build_quantizer(make_config(**changes).vision_config)
+    assert isinstance(quantizer, Quantizer)
+    if learning == "gradient":
+        torch.nn.init.normal_(quantizer.map, std=0.1)
+    quantizer.initialised.fill_(1)
+    return quantizer.eval()
+
+
+@pytest.mark.parametrize("learning", ["ema", "gradient"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_interface(make_config: Callable[..., Any], kind: str, learning: str) -> None:
+    """Nothing after the quantizer needs to know its kind: shapes, cumulative sums and their parts agree in each."""
+    quantizer = from_config(make_config, kind, learning)
+    z_e = torch.randn(2, 5, 12)
+    codes = quantizer.encode(z_e)
+    assert codes.shape == (2, 5, quantizer.depth) and int(codes.min()) >= 0 and int(codes.max()) < 16
+    partial = quantizer.partial_z_q(codes)
+    assert partial.shape == (2, 5, quantizer.depth, 12)
+    total = torch.zeros(10, 12)
+    for depth in range(quantizer.depth):
+        vectors = quantizer.code_vectors(codes[..., depth].flatten(), depth)
+        torch.testing.assert_close(quantizer.embed(codes)[..., depth, :].flatten(0, 1), vectors)
+        total = total + vectors
+        torch.testing.assert_close(partial[..., depth, :].flatten(0, 1), total)
+    torch.testing.assert_close(quantizer.z_q(codes), partial[..., -1, :])
+    torch.testing.assert_close(quantizer.partial_features(z_e), partial)
+    out = quantizer(z_e)
+    assert torch.equal(out.codes, codes)
+    torch.testing.assert_close(out.z_q, quantizer.z_q(codes))
+
+
+@settings(deadline=None, max_examples=30)
+@given(kind=st.sampled_from(["rq", "mcq"]), depth=st.integers(1, 4), size=st.integers(1, 9), seed=st.integers(0, 99))
+def test_round_trip(kind: str, depth: int, size: int, seed: int) -> None:
+    """Codes -> z_q -> codes: with `mcq` any codes come back. The greedy search of `rq` may find another sum for a sum
+    of code vectors, but its first code is the nearest one, and a single depth comes back too."""
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    width = 2 * depth
+    quantizer = (MultiCodebookQuantizer if kind == "mcq" else ResidualQuantizer)(size, width, depth)
+    codes = torch.randint(size, (6, depth), generator=generator)
+    z_q = quantizer.z_q(codes)
+    again = quantizer.encode(z_q)
+    if kind == "mcq":
+        assert torch.equal(again, codes)
+    else:
+        if depth == 1:
+            assert torch.equal(again, codes)
+        errors = (z_q.unsqueeze(1) - quantizer.partial_z_q(again)).square().sum(-1)
+        best = torch.cdist(z_q, quantizer.book(0)).square().amin(1)
+        torch.testing.assert_close(errors[:, 0], best, rtol=1e-4, atol=1e-5)
+
+
+def test_multi_codebook_is_a_search_per_chunk() -> None:
+    """`mcq`: chunk d of the channels is quantised by codebook d alone; its vector stands in its own channels."""
+    torch.manual_seed(SEED)
+    quantizer = MultiCodebookQuantizer(16, 12, 3).eval()
+    z_e = torch.randn(40, 12)
+    codes = quantizer.encode(z_e)
+    for depth in range(3):
+        part = slice(4 * depth, 4 * depth + 4)
+        nearest = torch.cdist(z_e[:, part].double(), quantizer.book(depth).double()).argmin(1)
+        assert torch.equal(codes[:, depth], nearest)
+        vectors = quantizer.code_vectors(codes[:, depth], depth)
+        assert torch.equal(vectors[:, part], quantizer.book(depth)[nearest])
+        vectors[:, part] = 0
+        assert not vectors.any()
+    out = quantizer(z_e.requires_grad_())
+    torch.testing.assert_close(out.commitment.detach(), (z_e - quantizer.z_q(codes)).square().mean().detach())
+    out.commitment.backward()
+    torch.testing.assert_close(z_e.grad, 2 * (z_e - quantizer.z_q(codes)).detach() / z_e.numel())
+    with pytest.raises(ValueError, match="code_dim 10 does not divide into 4"):
+        MultiCodebookQuantizer(16, 10, 4)
+
+
+def test_multi_codebook_averages_are_those_of_each_chunk() -> None:
+    """Each codebook of `mcq` learns as a plain vector quantizer of its chunk does."""
+    torch.manual_seed(SEED)
+    options = CodebookOptions(restart_unused=False)
+    whole, z_e = MultiCodebookQuantizer(8, 12, 3, options).train(), torch.randn(60, 12)
+    whole.initialised.fill_(1)
+    before = whole.codebook.clone()
+    whole(z_e)
+    for depth in range(3):
+        alone = ResidualQuantizer(8, 4, 1, options=options).train()
+        alone.initialised.fill_(1)
+        alone.codebook.copy_(before[depth : depth + 1])
+        alone.ema_sum.copy_(alone.codebook)
+        alone(z_e[:, 4 * depth : 4 * depth + 4])
+        torch.testing.assert_close(whole.codebook[depth], alone.codebook[0])
+
+
+def test_continuous_tokens_have_no_codes(make_config: Callable[..., Any]) -> None:
+    """`none`: z_q is z_e, and whatever needs codes says what to do instead."""
+    quantizer = build_quantizer(make_config(quantizer="none").vision_config)
+    z_e = torch.randn(2, 5, 8, requires_grad=True)
+    out = quantizer(z_e)
+    assert out.z_q is z_e and out.codes is None and float(out.commitment) == float(out.codebook_loss) == 0
+    assert torch.equal(quantizer.partial_features(z_e)[:, :, 0], z_e)
+    assert not list(quantizer.state_dict())
+    for method in (quantizer.encode, quantizer.z_q, quantizer.partial_z_q):
+        with pytest.raises(ValueError, match="continuous tokens.*quantizer 'rq' or 'mcq'"):
+            method(z_e)
+
+
+def test_state_names_of_released_codebooks_stay() -> None:
+    """Weights in the world name these tensors: shared residual quantization by moving averages keeps them."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in build().state_dict().items()}
+    assert shapes == {"codebook": (1, 32, 6), "ema_count": (1, 32), "ema_sum": (1, 32, 6), "initialised": (1,)}
+
+
+def test_training_memory_does_not_hold_every_depth() -> None:
+    """What autograd keeps of a training step does not grow with the depth."""
+    kept = []
+    for depth in (2, 8):
+        quantizer, sizes = build(depth=depth).train(), []
+
+        def pack(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        z_e = torch.randn(50, 6, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            quantizer(z_e)
+        kept.append(sum(sizes))
+    assert kept[0] == kept[1] > 0

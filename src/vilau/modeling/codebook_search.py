@@ -15,8 +15,8 @@ def nearest_codes(points: torch.Tensor, book: torch.Tensor) -> torch.Tensor:
     """Return the index ``(N,)`` of the row of ``book`` (K, C) nearest to each of ``points`` (N, C), float32.
 
     ``|p - e|^2`` is least where ``|e|^2 / 2 - p e`` is, which is one matrix product. It is computed tile by tile, so
-    that memory grows neither with N nor with K, and never in half precision, whatever autocast says. Of equally near
-    codes the first counts.
+    that memory grows neither with N nor with K, and never in half precision, whatever autocast says. Among codes that
+    differ in their distance by rounding only, any may be found.
     """
     rows, columns = _tile(points, len(book))
     with torch.autocast(points.device.type, enabled=False):
