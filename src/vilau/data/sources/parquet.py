@@ -53,7 +53,7 @@ class ParquetConfig(ImageTextConfig):
         files = [path] if path.suffix == ".parquet" else sorted(path.glob("*.parquet"))[:1] if path.is_dir() else []
         if not files:
             return False
-        names = _open(files[0]).schema_arrow.names
+        names = open_parquet(files[0]).schema_arrow.names
         has_image = any(name in names for name in (*IMAGE_COLUMNS, *FILE_COLUMNS, *ADDRESS_COLUMNS))
         return has_image and any(name in names for name in CAPTION_FIELDS)
 
@@ -66,7 +66,7 @@ class ParquetSource:
         self._paths = find_files(config.path, ".parquet")
         self.notes: list[str] = []
         self._groups = [self._group_ends(path) for path in self._paths]
-        first = _open(self._paths[0]).schema_arrow.names
+        first = open_parquet(self._paths[0]).schema_arrow.names
         self._image = self._column(first, config.image_field, (*IMAGE_COLUMNS, *FILE_COLUMNS), "image_field")
         self._caption = self._column(first, config.caption_field, CAPTION_FIELDS, "caption_field")
         self._kept: list[NumberFile] | None = None
@@ -78,10 +78,10 @@ class ParquetSource:
             rows = sum(ends[-1] for ends in self._groups)
             reason = f"none of {rows} rows passes the filters" if rows else "the files hold no rows"
             raise ValueError(f"source {self.name!r} ({config.path}): {reason}")
-        self._cache = _GroupCache([self._image, self._caption], config.cache_bytes)
+        self._cache = GroupCache([self._image, self._caption], config.cache_bytes)
 
     def _group_ends(self, path: Path) -> list[int]:
-        metadata = _open(path).metadata
+        metadata = open_parquet(path).metadata
         ends, largest = [0], 0
         for number in range(metadata.num_row_groups):
             group = metadata.row_group(number)
@@ -118,7 +118,7 @@ class ParquetSource:
 
     def _pass(self, path: Path) -> np.ndarray:
         filters = parse_filters(self.config.filters)
-        file, kept = _open(path), []
+        file, kept = open_parquet(path), []
         for rule in filters:
             if rule.field.split(".")[0] not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names)
@@ -171,7 +171,7 @@ class ParquetSource:
         return value if "://" in value else os.path.join(self.config.image_root or path.parent, value)
 
 
-class _GroupCache:
+class GroupCache:
     """The columns of the row groups read last, up to a number of bytes; empty after pickling."""
 
     def __init__(self, columns: list[str], limit: int) -> None:
@@ -193,7 +193,7 @@ class _GroupCache:
             self._files, self._owner = OrderedDict(), os.getpid()
         key = (path, group)
         if key not in self._groups:
-            file = self._files.pop(path, None) or _open(path)
+            file = self._files.pop(path, None) or open_parquet(path)
             self._files[path] = file
             if len(self._files) > 8:
                 self._files.popitem(last=False)
@@ -207,7 +207,8 @@ class _GroupCache:
         return self._groups[key]
 
 
-def _open(path: Path) -> Any:
+def open_parquet(path: Path) -> Any:
+    """Open a parquet file; ``ValueError`` where it is none."""
     import pyarrow
     import pyarrow.parquet
 

@@ -10,12 +10,30 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
+from .chat import ChatConfig
 from .folder import FolderConfig
+from .generation import GenerationConfig
+from .llava import LlavaConfig
+from .messages import MessagesConfig
+from .mmc4 import Mmc4Config
+from .openvid import OpenVidConfig
 from .parquet import ParquetConfig
 from .source import SourceConfig
+from .video_json import VideoJsonConfig
 from .webdataset import WebdatasetConfig
 
-FORMATS: tuple[type[SourceConfig], ...] = (WebdatasetConfig, ParquetConfig, FolderConfig)
+FORMATS: tuple[type[SourceConfig], ...] = (
+    GenerationConfig,
+    WebdatasetConfig,
+    MessagesConfig,
+    ParquetConfig,
+    Mmc4Config,
+    VideoJsonConfig,
+    LlavaConfig,
+    ChatConfig,
+    OpenVidConfig,
+    FolderConfig,
+)
 
 
 def format_names() -> list[str]:

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol
+from typing import Annotated, Any, BinaryIO, Literal, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -110,8 +110,8 @@ class SourceConfig(BaseModel, ABC):
     name: str | None = Field(None, description="for counts and sample ids; made from the path if absent")
     weight: float | Literal["size"] = Field(1.0, description="share in the mixture, above 0; size: its samples' number")
     epochs: float | None = Field(None, gt=0, description="read at most so often; endlessly if absent")
-    forms: dict[str, float] | None = Field(
-        None, description="for pairs of picture and text: image_text and text_image -> share; the stage's if absent"
+    forms: dict[Literal["image_text", "text_image"], Annotated[float, Field(gt=0)]] | None = Field(
+        None, min_length=1, description="for pairs of picture and text: the way round -> share; as read if absent"
     )
 
     @abstractmethod
