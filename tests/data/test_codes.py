@@ -28,7 +28,7 @@ MIXTURE = dict.fromkeys((name for name in FORM_OF if name != "easy_vqa"), 1.0)
 
 
 class Samples:
-    """The nano world's samples of every form, with every ninth bad."""
+    """The nano world's samples of every form, with every ninth bad; calling it gives the squares too."""
 
     def __init__(self, count: int = 50) -> None:
         self.inner = NanoDataset(World.load(None, objects=12, styles=("noto",)), MIXTURE, "train", 3, 32, 2, 0.0, count)
@@ -41,6 +41,9 @@ class Samples:
             raise BadSample("broken_image", f"picture {index} is cut short")
         return self.inner[index]
 
+    def __call__(self, index: int) -> tuple[Sample, tuple[np.ndarray, ...]]:
+        return self[index], self[index].frames
+
 
 def encode(frames: np.ndarray) -> np.ndarray:
     """Codes that depend on every quarter of a picture: stands for a tower, which this room does not know."""
@@ -49,7 +52,7 @@ def encode(frames: np.ndarray) -> np.ndarray:
 
 
 def make(folder: Path, samples: Samples, shard_size: int = 20) -> StoreInfo:
-    info = StoreInfo("data", "tower", P, D, K, len(samples), shard_size)
+    info = StoreInfo("data", "tower", P, D, K, len(samples), shard_size=shard_size)
     create_store(folder, info)
     for shard in missing_shards(folder, info):
         write_shard(folder, info, shard, samples, encode, lambda: None)

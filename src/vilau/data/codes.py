@@ -12,10 +12,10 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -28,14 +28,8 @@ INFO = "codes.json"
 FRAMES_AT_ONCE = 64
 
 Encode = Callable[[np.ndarray], np.ndarray]
-
-
-class Samples(Protocol):
-    """Samples by number with frames of the tower's size ``(S, S, 3)`` uint8; reading a bad one raises `BadSample`."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Sample: ...
+Read = Callable[[int], tuple[Sample, Sequence[np.ndarray]]]
+"""Number -> a sample and the squares ``(S, S, 3)`` uint8 to encode, `variants` per frame; `BadSample` for a bad one."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +37,8 @@ class StoreInfo:
     """What a store holds: written once, before its first shard; a store made with other facts is another store.
 
     data, tower: digests of where the samples come from and of the tower's weights; positions, depth, codebook_size:
-    of the codes ``(P, D)`` in [0, K); samples: how many, bad ones included; shard_size: samples per shard.
+    of the codes ``(P, D)`` in [0, K); samples: how many, bad ones included; variants: codes per frame, 2 where a frame
+    is read both squashed and cut to its centre square; shard_size: samples per shard.
     """
 
     data: str
@@ -52,6 +47,7 @@ class StoreInfo:
     depth: int
     codebook_size: int
     samples: int
+    variants: int = 1
     shard_size: int = 4096
 
     @property
@@ -99,7 +95,7 @@ def missing_shards(folder: Path, info: StoreInfo) -> list[int]:
 
 
 def write_shard(
-    folder: Path, info: StoreInfo, shard: int, samples: Samples, encode: Encode, on_sample: Callable[[], object]
+    folder: Path, info: StoreInfo, shard: int, read: Read, encode: Encode, on_sample: Callable[[], object]
 ) -> None:
     """Encode and write one shard.
 
@@ -112,12 +108,13 @@ def write_shard(
     waiting: list[np.ndarray] = []
     for number in info.span(shard):
         try:
-            sample = samples[number]
+            sample, squares = read(number)
         except BadSample as error:
             records.append({"bad": error.kind, "message": str(error)})
         else:
+            assert len(squares) == info.variants * len(sample.frames)
             records.append(_to_record(sample))
-            waiting.extend(sample.frames)
+            waiting.extend(squares)
         if len(waiting) >= FRAMES_AT_ONCE:
             coded.append(_encode(encode, waiting, info))
             waiting = []
@@ -133,7 +130,7 @@ def write_shard(
 
 
 class CodeStore:
-    """Read a store: samples by number, whose frames are codes ``(P, D)``.
+    """Read a store: samples by number, whose frames are codes ``(P, D)``, or ``(2, P, D)`` with two variants.
 
     Raises:
         ValueError: the folder is no store, or shards of it are not written yet.
@@ -166,7 +163,7 @@ class CodeStore:
         record = records[place]
         if "bad" in record:
             raise BadSample(record["bad"], record["message"])
-        return _from_record(record, iter(codes[starts[place] : starts[place + 1]]))
+        return _from_record(record, _by_frame(codes[starts[place] : starts[place + 1]], self.info.variants))
 
     def _shard(self, number: int) -> tuple[list[dict[str, Any]], list[int], np.ndarray]:
         if number not in self._shards:
@@ -179,7 +176,8 @@ class CodeStore:
                 raise ValueError(
                     f"{self.folder}: shard {number} is damaged; remove it and run `vilau data codes`"
                 ) from (error)
-            starts = np.concatenate([[0], np.cumsum([record.get("frames", 0) for record in records])]).tolist()
+            counts = [record.get("frames", 0) * self.info.variants for record in records]
+            starts = np.concatenate([[0], np.cumsum(counts)]).tolist()
             if len(records) != len(self.info.span(number)) or starts[-1] != len(codes):
                 raise ValueError(f"{self.folder}: shard {number} is incomplete; remove it and run `vilau data codes`")
             self._shards[number] = (records, starts, codes)
@@ -189,7 +187,7 @@ class CodeStore:
         return self._shards[number]
 
 
-def verify(store: CodeStore, samples: Samples, encode: Encode, numbers: Iterable[int]) -> int:
+def verify(store: CodeStore, read: Read, encode: Encode, numbers: Iterable[int]) -> int:
     """Encode some samples again and compare; return how many frames agreed.
 
     Raises:
@@ -198,15 +196,19 @@ def verify(store: CodeStore, samples: Samples, encode: Encode, numbers: Iterable
     compared = 0
     for number in numbers:
         try:
-            fresh = samples[number]
+            fresh, squares = read(number)
         except BadSample:
             continue
-        codes: Iterable[np.ndarray] = _encode(encode, list(fresh.frames), store.info) if fresh.frames else ()
-        swapped = _from_record(_to_record(fresh), iter(codes))
+        codes = _encode(encode, list(squares), store.info) if squares else np.zeros((0, 0, 0))
+        swapped = _from_record(_to_record(fresh), _by_frame(codes, store.info.variants))
         if not _equal(swapped, store[number]):
             raise ValueError(f"{store.folder}: sample {number} ({fresh.id}) is not what the store holds; make it anew")
         compared += len(fresh.frames)
     return compared
+
+
+def _by_frame(codes: np.ndarray, variants: int) -> Iterator[np.ndarray]:
+    return iter(codes if variants == 1 else codes.reshape(-1, variants, *codes.shape[1:]))
 
 
 def _encode(encode: Encode, frames: list[np.ndarray], info: StoreInfo) -> np.ndarray:

@@ -116,8 +116,11 @@ class Sample:
 
 
 def holds_codes(frame: np.ndarray) -> bool:
-    """Return whether a frame is the codes ``(P, D)`` of a picture and not its pixels."""
-    return frame.ndim == 2 and np.issubdtype(frame.dtype, np.signedinteger)
+    """Return whether a frame is the codes of a picture and not its pixels.
+
+    Codes are ``(P, D)``, or ``(2, P, D)`` where the picture was read squashed and cut to its centre square.
+    """
+    return frame.ndim in (2, 3) and np.issubdtype(frame.dtype, np.signedinteger)
 
 
 def form_of(turns: Sequence[Turn]) -> Form:
