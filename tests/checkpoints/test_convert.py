@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from vilau.checkpoints import convert as module
-from vilau.checkpoints.convert import convert, partial_folder
+from vilau.checkpoints.convert import convert
 from vilau.checkpoints.shards import open_weights, write_shard
+from vilau.checkpoints.target import partial_folder
 from vilau.model import VilaUForConditionalGeneration
 from vilau.processing.processor import VilaUProcessor
 
@@ -28,6 +30,30 @@ def test_there_and_back_gives_the_same_bytes(name, request, tmp_path):
     files = sorted(str(file.relative_to(source)) for file in source.rglob("*") if file.is_file())
     assert files == sorted(str(file.relative_to(back)) for file in back.rglob("*") if file.is_file())
     assert filecmp.cmpfiles(source, back, files, shallow=False)[0] == files
+
+
+def test_index_and_metadata_come_back(copy, tmp_path):
+    """Shards with an index of another style and headers with metadata of their own are the same bytes in the end."""
+    folder = copy / "llm"
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    metadata = iter((None, {"format": "pt", "origin": "a run"}))
+    for file, part in shards.items():
+        save_file({name: tensors[name] for name in part}, folder / file, metadata=next(metadata))
+    index = {"weight_map": {name: file for file, part in shards.items() for name in part}, "metadata": {}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (copy / ".git").mkdir()
+    (copy / ".git" / "large").write_bytes(b"not of the model")
+    back = convert(convert(copy, tmp_path / "ours", "ours"), tmp_path / "back", "released")
+    files = sorted(str(file.relative_to(back)) for file in back.rglob("*") if file.is_file())
+    assert filecmp.cmpfiles(copy, back, files, shallow=False)[0] == files
+    assert "llm/model-00002-of-00002.safetensors" in files and ".git/large" not in files
+    half = convert(tmp_path / "ours", tmp_path / "half", "released", "float16")
+    told = json.loads((half / "llm" / "model.safetensors.index.json").read_text())
+    assert told["metadata"]["total_size"] == 2 * sum(tensor.numel() for tensor in tensors.values())
+    assert open_weights(half / "llm").tensors["lm_head.weight"].dtype == torch.float16
 
 
 def test_the_converted_folder_is_the_same_model(model, released, tmp_path):
@@ -133,6 +159,27 @@ def test_refusals(released, tmp_path):
     with pytest.raises(ValueError, match="knows no stem 'conv'"):
         convert(ours, tmp_path / "new", "released")
     assert not (tmp_path / "new").exists() and not partial_folder(tmp_path / "new").exists()
+
+
+def test_a_target_that_would_do_harm_is_refused(released, copy, tmp_path):
+    """`force` replaces a model's folder only, never another one, and never the source."""
+    with pytest.raises(ValueError, match="must not lie in each other"):
+        convert(copy, copy, "ours", force=True)
+    with pytest.raises(ValueError, match="must not lie in each other"):
+        convert(copy, copy / "ours", "ours")
+    with pytest.raises(ValueError, match="must not lie in each other"):
+        convert(copy, tmp_path, "ours", force=True)
+    other = tmp_path / "letters"
+    other.mkdir()
+    (other / "letter.txt").write_text("dear")
+    with pytest.raises(ValueError, match="is no model's folder, so it is not replaced"):
+        convert(released, other, "ours", force=True)
+    assert (other / "letter.txt").read_text() == "dear" and (copy / "llm").is_dir()
+    target = convert(released, tmp_path / "ours", "ours")
+    (target / "mine.txt").write_text("old")
+    convert(released, target, "ours", force=True)
+    assert not (target / "mine.txt").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "letters", "ours"]
 
 
 def test_command_line(released, tmp_path):

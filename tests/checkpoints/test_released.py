@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -75,9 +76,18 @@ def test_configuration(released, released_384):
 
 
 def test_missing_latent_shape_is_inferred(copy, released_384):
-    """Without `decoder_latent_shape` the latent map is the one that gives pictures of the right size."""
+    """Without `decoder_latent_shape` the latent map is the one that gives pictures of the right size: 24 of 27."""
     edit(copy / "vision_tower/config.json", rqvaesiglip__decoder_latent_shape=...)
     assert read_config(copy).vision_config.latent_size is None
+    large = copy.parent / "large"
+    shutil.copytree(released_384, large, ignore=shutil.ignore_patterns("*.safetensors"))
+    edit(large / "vision_tower/config.json", rqvaesiglip__decoder_latent_shape=...)
+    vision = read_config(large).vision_config
+    assert (vision.grid, vision.latent_size, vision.image_size) == (27, 24, 384)
+    assert vision.decoder_attention == [24]
+    edit(large / "vision_tower/config.json", rqvaesiglip__decoder_latent_shape=[20, 20])
+    with pytest.raises(ValueError, match=r"draw 320 px pictures \(20 latents"):
+        read_config(large)
 
 
 def test_released_encoders_are_known_without_a_network(copy):

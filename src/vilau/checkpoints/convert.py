@@ -27,13 +27,16 @@ from vilau.checkpoints.released_config import PARTS, read_config
 from vilau.checkpoints.released_processor import load_released_processor
 from vilau.checkpoints.released_writer import released_files
 from vilau.checkpoints.shards import (
+    FORMAT,
     WeightFiles,
     listed,
     nbytes,
     open_weights,
     read_json,
+    read_metadata,
     write_shard,
 )
+from vilau.checkpoints.target import check_target, partial_folder, put_in_place
 from vilau.configuration import VilaUConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,6 +44,7 @@ SHARD_BYTES = 2_000_000_000
 KEPT = "released"  # subfolder of ours with what only the released layout has
 EXTRA = "extra.safetensors"
 FACTS = "layout.json"
+_REMADE = (".safetensors", ".bin", ".bin.index.json")  # endings of files that a conversion makes anew
 
 Progress = Callable[[int, int], None]
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -48,13 +52,17 @@ Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 @dataclass
 class Job:
-    """What a conversion writes: `shards` (file -> tensors), how to `read` them, and `finish` for the rest."""
+    """What a conversion writes: `shards` (file -> tensors), how to `read` them, and `finish` for the rest.
+
+    `metadata` holds the headers' metadata of shards where it is not the usual.
+    """
 
     shards: dict[str, Shapes]
     read: Callable[[str, str], torch.Tensor]
     finish: Callable[[Path], None]
     sources: list[Path]
     options: dict[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, dict[str, str] | None] = field(default_factory=dict)
 
 
 def convert(
@@ -84,17 +92,11 @@ def convert(
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     if find_layout(source) == to:
         raise ValueError(f"{source} already has the layout {to!r}; choose the other one with --to")
-    if target.exists() and not force:
-        raise ValueError(f"{target} exists; choose another folder or pass --force")
+    check_target(source, target, force)
     cast = DTYPES[dtype] if dtype else None
     job = _to_ours(source, cast, shard_bytes) if to == "ours" else _to_released(source, cast)
     job.options |= {"to": to, "dtype": dtype}
     return _run(job, target, progress)
-
-
-def partial_folder(target: Path) -> Path:
-    """Return where a conversion to `target` is built."""
-    return target.with_name(f".{target.name}.partial")
 
 
 def _run(job: Job, target: Path, progress: Progress | None) -> Path:
@@ -120,13 +122,11 @@ def _run(job: Job, target: Path, progress: Progress | None) -> Path:
             tick(sum(nbytes(*fact) for fact in shapes.values()))
             continue
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_shard(file, shapes, lambda key, shard=name: job.read(shard, key), tick)  # type: ignore[misc]
+        metadata = job.metadata.get(name, FORMAT)
+        write_shard(file, shapes, lambda key, shard=name: job.read(shard, key), tick, metadata)  # type: ignore[misc]
     job.finish(beside)
     note.unlink()
-    if target.exists():
-        shutil.rmtree(target)
-    beside.rename(target)
-    return target
+    return put_in_place(target)
 
 
 def _fingerprint(job: Job) -> str:
@@ -172,8 +172,10 @@ def _to_ours(source: Path, cast: torch.dtype | None, shard_bytes: int) -> Job:
 def _keep(checkpoint: ReleasedCheckpoint, folder: Path) -> None:
     """Write what only the released layout has."""
     for file in sorted(checkpoint.folder.rglob("*")):
-        if file.is_file() and file.suffix not in (".safetensors", ".bin") and ".index." not in file.name:
-            place = folder / file.relative_to(checkpoint.folder)
+        inner = file.relative_to(checkpoint.folder)
+        hidden = any(name.startswith(".") for name in inner.parent.parts)  # such as .git
+        if file.is_file() and not hidden and not file.name.endswith(_REMADE):
+            place = folder / inner
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, place)
     released = checkpoint.released
@@ -190,9 +192,20 @@ def _keep(checkpoint: ReleasedCheckpoint, folder: Path) -> None:
     facts = {
         "files": {name: _safe_name(fact.file) for name, fact in released.items()},
         "copies": dict(checkpoint.plan.copies),
+        "metadata": {name: value for name, value in _metadata(checkpoint).items() if value != FORMAT},
         "dtypes": {name: str(released[name].dtype).removeprefix("torch.") for name in sorted(book_sources)},
     }
     _write_json(folder / FACTS, facts)
+
+
+def _metadata(checkpoint: ReleasedCheckpoint) -> dict[str, dict[str, str] | None]:
+    """``part/file`` -> metadata of the header of every safetensors shard."""
+    return {
+        f"{part}/{file.name}": read_metadata(file)
+        for part, weights in checkpoint.parts.items()
+        for file in weights.files
+        if file.suffix == ".safetensors"
+    }
 
 
 def _safe_name(file: Path) -> str:
@@ -232,11 +245,9 @@ def _to_released(source: Path, cast: torch.dtype | None) -> Job:
     config = VilaUConfig.from_pretrained(str(source))
     weights = open_weights(source)
     _check_ours(source, config, weights)
-    kept = source / KEPT
-    if (kept / FACTS).is_file() and not _same_network(read_config(kept, _has_text(config)), config):
-        kept = Path()  # the configuration was changed since: nothing kept belongs to it
-    facts = read_json(kept / FACTS) if (kept / FACTS).is_file() else {}
-    extra = open_extra(kept / EXTRA)
+    kept = _kept_folder(source, config)
+    facts = read_json(kept / FACTS) if kept is not None else {}
+    extra = open_extra(kept / EXTRA) if kept is not None else {}
     ours, shapes = _released_shapes(config, weights, cast, facts, extra)
     shards: dict[str, Shapes] = {}
     for name, fact in shapes.items():
@@ -266,9 +277,18 @@ def _to_released(source: Path, cast: torch.dtype | None) -> Job:
             mine = {file: shapes for file, shapes in shards.items() if file.startswith(f"{part}/")}
             if len(mine) > 1:
                 _write_index(folder / part, mine)
-        released_files(source, kept if facts else None, config, folder, cast)
+        released_files(source, kept, config, folder, cast)
 
-    return Job(shards, read, finish, [*weights.files, source / "config.json"])
+    sources = [*weights.files, source / "config.json"]
+    return Job(shards, read, finish, sources, metadata=facts.get("metadata", {}))
+
+
+def _kept_folder(source: Path, config: VilaUConfig) -> Path | None:
+    """What was kept of a released folder; None if nothing was, or the configuration was changed since."""
+    kept = source / KEPT
+    if not (kept / FACTS).is_file():
+        return None
+    return kept if _same_network(read_config(kept, _has_text(config)), config) else None
 
 
 def open_extra(file: Path) -> dict[str, torch.Tensor]:

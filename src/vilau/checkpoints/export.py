@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from vilau.checkpoints.target import check_target, partial_folder, put_in_place
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _KEPT_FLOAT32 = "quantizer."
 _WEIGHTS = "model.safetensors"
@@ -50,9 +52,8 @@ def export_model(
     missing = [name for name in ("config.json", _WEIGHTS, "processor_config.json") if not (source / name).is_file()]
     if missing:
         raise ValueError(f"{source} is not the result of stage pretrain or sft: it has no {', '.join(missing)}")
-    if target.exists() and not force:
-        raise ValueError(f"{target} exists; choose another folder or pass --force")
-    beside = target.with_name(f".{target.name}.partial")
+    check_target(source, target, force)
+    beside = partial_folder(target)
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     weights = {
@@ -74,10 +75,7 @@ def export_model(
             shutil.copyfile(path, beside / path.name)
     if card is not None:
         (beside / "README.md").write_text(card, encoding="utf-8")
-    if target.exists():
-        shutil.rmtree(target)
-    beside.rename(target)
-    return target
+    return put_in_place(target)
 
 
 def name_is_codebook(name: str) -> bool:

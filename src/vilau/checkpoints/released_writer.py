@@ -39,7 +39,8 @@ def released_files(
     """
     if kept is not None:
         for file in sorted(kept.rglob("*")):
-            if file.is_file() and file.name not in _OURS_ONLY:
+            stale = cast is not None and ".index." in file.name  # it tells sizes
+            if file.is_file() and file.name not in _OURS_ONLY and not stale:
                 place = folder / file.relative_to(kept)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, place)

@@ -29,6 +29,7 @@ from vilau.checkpoints.released_config import (
     words,
 )
 from vilau.checkpoints.shards import is_table, listed, unpickle
+from vilau.checkpoints.target import check_target, partial_folder, put_in_place
 from vilau.configuration import VisionTowerConfig
 from vilau.modeling.vision_tower import VisionTower
 
@@ -288,15 +289,12 @@ def convert_rqvae(source: Path, target: Path, ema: bool = False, force: bool = F
     Raises:
         ValueError: as of `load_rqvae`, or the target exists.
     """
-    if target.exists() and not force:
-        raise ValueError(f"{target} exists; choose another folder or pass --force")
+    check_target(source if source.is_dir() else source.parent, target, force)
     loaded = load_rqvae(source, ema)
-    beside = target.with_name(f".{target.name}.partial")
+    beside = partial_folder(target)
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     loaded.tower.save_pretrained(beside)
     (beside / "README.md").write_text(tower_card(loaded.tower.config, loaded.random), encoding="utf-8")
-    if target.exists():
-        shutil.rmtree(target)
-    beside.rename(target)
+    put_in_place(target)
     return loaded

@@ -32,6 +32,7 @@ DTYPES = {  # safetensors' names
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FORMAT = {"format": "pt"}  # the metadata that the library writes
 _LARGEST_HEADER = 100_000_000
 _ORDER = ("F64", "I64", "F32", "I32", "F16", "BF16", "I16", "U8", "I8", "BOOL")  # wide types first, as the library
 
@@ -49,6 +50,8 @@ class TensorFact:
 class WeightFiles:
     """The tensors of one folder's safetensors or ``.bin`` shards.
 
+    Of ``.bin`` shards only the last one read stays mapped, so that a large checkpoint never stands in memory whole.
+
     Args:
         folder: where the files are.
         tensors: name -> `TensorFact`, in the order of the files.
@@ -58,13 +61,16 @@ class WeightFiles:
     folder: Path
     tensors: dict[str, TensorFact]
     files: list[Path]
-    _pickled: dict[Path, Mapping[str, torch.Tensor]] = field(default_factory=dict, repr=False)
+    _mapped: tuple[Path, Mapping[str, torch.Tensor]] | None = field(default=None, repr=False)
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor."""
         fact = self.tensors[name]
-        if fact.file in self._pickled:
-            return self._pickled[fact.file][name]
+        if fact.file.suffix != ".safetensors":
+            if self._mapped is None or self._mapped[0] != fact.file:
+                self._mapped = None
+                self._mapped = (fact.file, load_pickled(fact.file))
+            return self._mapped[1][name]
         with safe_open(fact.file, framework="pt") as opened:
             return opened.get_tensor(name)
 
@@ -123,9 +129,9 @@ def _open_files(folder: Path, files: Sequence[Path]) -> WeightFiles:
                 for name, value in read_header(file).items()
             }
         else:
-            tensors = load_pickled(file)
-            weights._pickled[file] = tensors
-            facts = {name: TensorFact(file, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+            facts = {
+                name: TensorFact(file, tensor.dtype, tuple(tensor.shape)) for name, tensor in load_pickled(file).items()
+            }
         twice = sorted(set(facts) & set(weights.tensors))
         if twice:
             raise ValueError(f"{file} repeats tensors of another shard: {listed(twice)}; fetch the folder again")
@@ -159,6 +165,12 @@ def read_header(file: Path) -> dict[str, Any]:
     if size != 8 + length + end:
         raise ValueError(f"{file} is damaged: it has {size} bytes and should have {8 + length + end}; fetch it again")
     return dict(header)
+
+
+def read_metadata(file: Path) -> dict[str, str] | None:
+    """Return what the header of a safetensors file says beside its tensors, or ``None``."""
+    with safe_open(file, framework="pt") as opened:
+        return opened.metadata()
 
 
 def load_pickled(file: Path) -> Mapping[str, torch.Tensor]:
@@ -211,6 +223,7 @@ def write_shard(
     shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     read: Callable[[str], torch.Tensor],
     tick: Callable[[int], None] | None = None,
+    metadata: Mapping[str, str] | None = FORMAT,
 ) -> None:
     """Write a safetensors file, holding one tensor at a time; the file appears whole or not at all.
 
@@ -218,9 +231,10 @@ def write_shard(
         shapes: name -> (dtype, shape) of every tensor.
         read: gives a tensor; called once per name.
         tick: called with the bytes written after each tensor.
+        metadata: what the header says beside the tensors.
     """
     order = sorted(shapes, key=lambda name: (_ORDER.index(NAMES[shapes[name][0]]), name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     start = 0
     for name in order:
         dtype, shape = shapes[name]

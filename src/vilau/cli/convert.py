@@ -79,7 +79,7 @@ def _between_layouts(source: Path, target: Path, to: str, dtype: str | None, for
     from rich.progress import Progress as Bar
 
     from vilau.checkpoints.convert import convert as run
-    from vilau.checkpoints.convert import partial_folder
+    from vilau.checkpoints.target import partial_folder
     from vilau.cli.common import quiet_libraries
 
     quiet_libraries()
