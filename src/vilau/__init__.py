@@ -17,7 +17,7 @@ _PUBLIC = {
     "VisionTowerConfig": "vilau.configuration",
     "VilaUForConditionalGeneration": "vilau.model",
     "VilaUModel": "vilau.modeling.vila_u",
-    "VisionTower": "vilau.modeling.vision_tower",
+    "VisionTower": "vilau.tower",
     "VilaUProcessor": "vilau.processing.processor",
     "load": "vilau.pipeline",
     "load_rqvae": "vilau.checkpoints.rqvae",
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from vilau.configuration import DepthTransformerConfig, VilaUConfig, VisionTowerConfig
     from vilau.model import VilaUForConditionalGeneration
     from vilau.modeling.vila_u import VilaUModel
-    from vilau.modeling.vision_tower import VisionTower
     from vilau.pipeline import load
     from vilau.processing.processor import VilaUProcessor
+    from vilau.tower import VisionTower
 
 _registered = False
 

@@ -50,7 +50,7 @@ def load_pretrained(
     kwargs = {key: value for key, value in kwargs.items() if key not in (*HUB_OPTIONS, "subfolder")}
     if find_layout(folder) == "released":
         return _load_released(library, folder, args, kwargs)
-    return _load_ours(library, folder, args, kwargs)
+    return load_ours(library, folder, args, kwargs)
 
 
 def _load_released(library: Callable[..., Any], folder: Path, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -66,7 +66,7 @@ def _load_released(library: Callable[..., Any], folder: Path, args: Sequence[Any
         output_loading_info=True,
         **kwargs,
     )
-    _check_loaded(folder, info)
+    check_loaded(folder, info)
     model.name_or_path = model.config.name_or_path = str(folder)
     if "generation_config" not in kwargs:
         from transformers import GenerationConfig
@@ -85,7 +85,8 @@ def released_generation(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in tokens.items() if value is not None} | stored | RELEASED_SAMPLING
 
 
-def _load_ours(library: Callable[..., Any], folder: Path, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def load_ours(library: Callable[..., Any], folder: Path, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Load a model or a tower from a folder of ours through the library's `from_pretrained`, and check that it fits."""
     with_info = kwargs.pop("output_loading_info", False)
     check_fields(read_json(folder / "config.json"), folder / "config.json")
     quantized = "quantization_config" in kwargs or "quantization_config" in read_json(folder / "config.json")
@@ -98,13 +99,15 @@ def _load_ours(library: Callable[..., Any], folder: Path, args: Sequence[Any], k
             raise ValueError(f"{folder}: the weights do not fit config.json: {error}") from error
         raise
     if not quantized and not kwargs.get("ignore_mismatched_sizes"):
-        _check_loaded(folder, info)
+        check_loaded(folder, info)
     return (model, info) if with_info else model
 
 
 def check_fields(stored: Mapping[str, Any], file: Path) -> None:
     """Raise ValueError for a field of our ``config.json`` that no configuration has, with the nearest right one."""
-    kinds = {"": VilaUConfig, "vision_config": VisionTowerConfig, "depth_config": DepthTransformerConfig}
+    kinds: dict[str, type] = {"": VisionTowerConfig}
+    if stored.get("model_type") != VisionTowerConfig.model_type:
+        kinds = {"": VilaUConfig, "vision_config": VisionTowerConfig, "depth_config": DepthTransformerConfig}
     for part, kind in kinds.items():
         fields = stored.get(part) or {} if part else stored
         known = {field.name for field in dataclasses.fields(kind)}
@@ -116,7 +119,8 @@ def check_fields(stored: Mapping[str, Any], file: Path) -> None:
             raise ValueError(f"{file}: unknown field {where!r}; did you mean {near!r}? Correct or remove it")
 
 
-def _check_loaded(folder: str | os.PathLike[str], info: Mapping[str, Any] | Any) -> None:
+def check_loaded(folder: str | os.PathLike[str], info: Mapping[str, Any] | Any) -> None:
+    """Raise ValueError if the library's loading facts name tensors that are missing, left over or of another shape."""
     facts = info if isinstance(info, Mapping) else vars(info)
     wrong = {
         what: sorted(str(key) for key in facts.get(name) or ())
