@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
@@ -17,6 +17,7 @@ from .permutation import hash64, permute
 from .sample import Sample
 from .schedule import Schedule
 from .sources.source import BadSample, Source
+from .variation import vary
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +31,17 @@ _SHOWN_SHARDS = 5
 
 @dataclass(frozen=True)
 class Entry:
-    """A source's part in a mixture: its weight, or "size" for as many shares as it has samples, and its epochs."""
+    """A source's part in a mixture.
+
+    weight: its share, or "size" for as many shares as it has samples.
+    epochs: how often it is read at most; None for endlessly.
+    forms: for pairs of picture and text: image_text, text_image -> share; as read if None.
+    """
 
     source: Source
     weight: float | Literal["size"] = 1.0
     epochs: float | None = None
+    forms: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -107,11 +114,11 @@ class Mixture:
             ValueError: very many replacements in a row are bad too.
         """
         place = self.place(number)
-        source = self.entries[place.source].source
-        index = place.index
+        entry = self.entries[place.source]
+        source, index = entry.source, place.index
         for attempt in range(_ATTEMPTS):
             try:
-                sample = source.read(index)
+                sample = vary(source.read(index), entry.forms, self.seed, place.epoch)
                 return use(replace(sample, id=f"{sample.id}#{place.epoch}"))
             except BadSample as bad:
                 last = bad

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import TypedDict, is_typeddict
 
+from vilau.data.sources.registry import FORMATS, find_format, format_names
+from vilau.data.sources.source import SourceConfig
+from vilau.processing.augment import AugmentConfig
+from vilau.processing.images import MAX_PIXELS
+
 StageName = Literal["align", "vision_tower", "pretrain", "sft"]
+if TYPE_CHECKING:
+    AnySource = SourceConfig
+else:
+    AnySource = Annotated[Union[FORMATS], Field(discriminator="format")]  # noqa: UP007 - of a tuple
+
 STAGE_ORDER: tuple[StageName, ...] = ("align", "vision_tower", "pretrain", "sft")
 
 
@@ -51,6 +61,10 @@ class StageConfig(_Strict):
     steps: int = Field(..., ge=1)
     batch_size: int = Field(..., ge=1, description="samples per step over all processes")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    mixture: dict[str, float] = Field(
+        default_factory=dict,
+        description="nano data form -> weight; with `data.sources`: name -> weight, all by their own weights if empty",
+    )
     freeze: list[str] = Field(default_factory=list, description="regular expressions of parameters kept as they are")
     init_from: str | None = Field(
         None, description="folder of a finished stage; the previous stage of this run if absent"
@@ -123,7 +137,6 @@ class LoraConfig(_Strict):
 class LanguageStageConfig(StageConfig):
     """Stages `pretrain` and `sft`: the mixture of data forms and the two losses of section 3.2."""
 
-    mixture: dict[str, float] = Field(default_factory=dict, description="data form -> weight")
     jitter: float = Field(0.0, ge=0, description="random shift of objects, up to so many 1/32 of the side")
     row_length: int = Field(128, ge=16, description="positions per packed row")
     text_dropout: float = Field(0.1, ge=0, le=1, description="share of prompts emptied for guidance")
@@ -146,12 +159,21 @@ class Stages(TypedDict, total=False):
 
 
 class DataConfig(_Strict):
-    """The nano world and how it is read."""
+    """What is read: sources of one's own, or else the nano world; and how."""
+
+    sources: list[AnySource] = Field(
+        default_factory=list, description="data as it lies; `docs/data.md` has the formats"
+    )
+    tokenizer: str | None = Field(None, description="folder or hub id of a tokenizer; the nano world's if absent")
+    augment: AugmentConfig = Field(default_factory=AugmentConfig, description="of the tower's pictures from sources")
+    max_skipped_share: float = Field(0.05, ge=0, le=1, description="the run stops above this share of bad samples")
+    max_pixels: int = Field(MAX_PIXELS, ge=1, description="larger pictures are bad samples of kind too_large")
+    cache: str | None = Field(None, description="folder for indices of data files; beside them if absent")
+    workers: int = Field(1, ge=0, description="loader processes per training process")
 
     world: str | None = Field(None, description="folder made by `vilau data nano`; the shipped sprites if absent")
     objects: int = Field(48, ge=4, le=48)
     styles: list[str] = Field(default_factory=lambda: ["noto"])
-    workers: int = Field(1, ge=0, description="loader processes per training process")
 
 
 class TrainConfig(_Strict):
@@ -241,9 +263,14 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     node: Any = raw
     parts = key.split(".")
     for part in parts[:-1]:
-        node = node.setdefault(part, {})
-        if not isinstance(node, dict):
+        if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]  # as in data.sources.0.path
+        else:
+            node = node.setdefault(part, {}) if isinstance(node, dict) else None
+        if not isinstance(node, dict | list):
             raise ValueError(f"override {override!r}: {part!r} is a value, not a group of keys")
+    if not isinstance(node, dict):
+        raise ValueError(f"override {override!r}: name the entry of the list by its number, and then its key")
     try:
         node[parts[-1]] = yaml.safe_load(value)
     except yaml.YAMLError as error:
@@ -252,6 +279,11 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 def _explain(item: Any) -> str:
     where = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "union_tag_not_found":
+        return f"{where}.format is missing: one of {', '.join(format_names())}"
+    if item["type"] == "union_tag_invalid":
+        near = difflib.get_close_matches(str(item["ctx"]["tag"]), format_names(), 1, 0.0)
+        return f"{where}.format: there is no format {item['ctx']['tag']!r}; did you mean {near[0]!r}?"
     if item["type"] != "extra_forbidden":
         return (
             f"{where}: {item['msg'].lower()} (got {item['input']!r})"
@@ -265,6 +297,8 @@ def _explain(item: Any) -> str:
 def _known_keys(path: tuple[int | str, ...]) -> list[str]:
     """Return the keys that may stand in the group of the configuration at `path`."""
     group: Any = TrainConfig
+    if path[:2] == ("data", "sources") and len(path) > 3:  # path[2] is a number, path[3] the source's format
+        group, path = find_format(str(path[3])), path[4:]
     for part in path:
         for kind in (_fields(group).get(str(part), group), *get_args(_fields(group).get(str(part), group))):
             if _fields(kind):

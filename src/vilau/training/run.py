@@ -7,19 +7,17 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from vilau.configuration import VilaUConfig
-from vilau.data.nano.dataset import ImageTextDataset, NanoDataset
-from vilau.data.nano.world import ASSETS, World
 from vilau.modeling.vila_u import VilaUModel
 from vilau.modeling.vision_tower import VisionTower
 from vilau.processing.processor import build_processor
 from vilau.training import parallel
 from vilau.training.config import STAGE_ORDER, LanguageStageConfig, StageName, TowerStageConfig, TrainConfig
+from vilau.training.data import build_pairs, build_samples, load_tokenizer
+from vilau.training.data import load_world as load_world
 from vilau.training.engine import Engine, EngineOptions, SampleHook, ValidationHook, is_finished
 from vilau.training.language import LanguageStage
 from vilau.training.model_config import build_config
@@ -116,8 +114,7 @@ def _tower_stage(
             "network's distances, little more than pixels; use 'lpips' or 'none' to start from scratch",
             name,
         )
-    size = settings.steps * settings.batch_size
-    pictures = ImageTextDataset(load_world(config), "train", seed, tower.config.image_size, size)
+    pictures = build_pairs(config, name, tower.config.image_size, seed)
     text = tower.config.text_encoder_config
     length = text.max_position_embeddings if text is not None else 1
     return TowerStage(name, settings, tower, pictures, start.tokenizer, length, seed)
@@ -129,29 +126,8 @@ def _language_stage(
     tokenizer = load_tokenizer(config)
     model_config = build_config(config, tokenizer)
     model = load_language_stage(model_config, folder)
-    samples = NanoDataset(
-        load_world(config),
-        settings.mixture,
-        "train",
-        seed,
-        model_config.vision_config.image_size,
-        model_config.num_frames,
-        settings.jitter,
-        settings.steps * settings.batch_size,
-    )
+    samples = build_samples(config, name, model_config, seed)
     return LanguageStage(name, settings, model, samples, build_processor(tokenizer, model.config), seed)
-
-
-def load_world(config: TrainConfig) -> World:
-    """Return the nano world that a configuration names."""
-    folder = Path(config.data.world) if config.data.world else None
-    return World.load(folder, objects=config.data.objects, styles=tuple(config.data.styles))
-
-
-def load_tokenizer(config: TrainConfig) -> Any:
-    """Return the tokenizer of the configured world, the shipped one unless a folder is named."""
-    folder = Path(config.data.world) if config.data.world else ASSETS
-    return AutoTokenizer.from_pretrained(folder / "tokenizer")
 
 
 def load_language_stage(model_config: VilaUConfig, folder: Path | None) -> VilaUModel:

@@ -14,8 +14,9 @@ CAPTION_FIELDS = ("caption", "captions", "text", "TEXT", "prompt")
 
 
 class ImageTextConfig(SourceConfig):
-    """What the formats of pictures with captions share."""
+    """What the formats of pictures with captions share. Language stages read half of the pairs each way round."""
 
+    forms: dict[str, float] | None = Field(default_factory=lambda: {"image_text": 1.0, "text_image": 1.0})
     caption_field: str | None = Field(None, description="field of the caption; dots go into mappings")
     filters: list[str] = Field(default_factory=list, description="conditions on fields: clip_similarity_vitb32 >= 0.3")
     min_side: int = Field(1, ge=1, description="smaller pictures are bad samples of kind too_small")

@@ -14,14 +14,15 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, Protocol
+from typing import Any, BinaryIO, Literal, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ...processing.images import MAX_PIXELS, MediaError, load_image
 from ...processing.videos import VideoLimits, load_video
 from ..sample import Sample, Turn, image, text
+from ..variation import PAIR_FORMS
 
 KINDS: dict[str, str] = {
     "missing_file": "a file that is not there",
@@ -110,9 +111,16 @@ class SourceConfig(BaseModel, ABC):
     name: str | None = Field(None, description="for counts and sample ids; made from the path if absent")
     weight: float | Literal["size"] = Field(1.0, description="share in the mixture, above 0; size: its samples' number")
     epochs: float | None = Field(None, gt=0, description="read at most so often; endlessly if absent")
-    forms: dict[Literal["image_text", "text_image"], Annotated[float, Field(gt=0)]] | None = Field(
-        None, min_length=1, description="for pairs of picture and text: the way round -> share; as read if absent"
+    forms: dict[str, float] | None = Field(
+        None, description="for pairs of picture and text: image_text, text_image -> share; as read if absent"
     )
+
+    @field_validator("forms")
+    @classmethod
+    def _are_ways_round(cls, forms: dict[str, float] | None) -> dict[str, float] | None:
+        if forms is None or (forms and set(forms) <= set(PAIR_FORMS) and min(forms.values()) > 0):
+            return forms
+        raise ValueError(f"needs one or both of {' and '.join(PAIR_FORMS)}, each with a share above 0")
 
     @abstractmethod
     def open(self, options: ReadOptions) -> Source:

@@ -1,0 +1,98 @@
+"""What stages read: a mixture's samples at the model's size, as pairs for the tower and as samples for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+
+from ..processing.augment import AugmentConfig, augment, fit_sample
+from .mixture import Mixture, SkipCounts
+from .sample import Sample
+from .sources.source import BadSample
+from .variation import PAIR_FORMS
+
+T = TypeVar("T")
+
+
+class PairFeed:
+    """Pictures with captions for the stages of the vision tower.
+
+    Args:
+        mixture: of sources whose samples are pairs of a picture and a text, either way round.
+        size: side S of the square.
+        config: resize rule and augmentation.
+        seed: of the augmentation, which depends on (seed, epoch, sample).
+
+    ``feed[n]`` is ``(pixels (S, S, 3) uint8, caption)``.
+    """
+
+    def __init__(self, mixture: Mixture, size: int, config: AugmentConfig, seed: int) -> None:
+        self.mixture, self.size, self.config, self.seed = mixture, size, config, seed
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, str]:
+        return self.mixture.draw(number, self._pair)
+
+    def take_skips(self) -> SkipCounts:
+        """Return the bad samples met in this process since the last call."""
+        return self.mixture.take_skips()
+
+    def probe(self) -> None:
+        """Find out before the first step when a whole source is wrong.
+
+        Raises:
+            ValueError: none of a source's probed samples can be read, or they are no pairs.
+        """
+        self.mixture.probe(pair_of)
+
+    def _pair(self, sample: Sample) -> tuple[np.ndarray, str]:
+        pixels, caption = pair_of(sample)
+        return augment(pixels, self.size, self.config, self.seed, sample.id), caption
+
+
+class SampleFeed:
+    """Samples for the language stages, their frames at the model's size."""
+
+    def __init__(self, mixture: Mixture, size: int) -> None:
+        self.mixture, self.size = mixture, size
+
+    def __getitem__(self, number: int) -> Sample:
+        return self.draw(number, lambda sample: sample)
+
+    def draw(self, number: int, use: Callable[[Sample], T]) -> T:
+        """Return ``use`` of a sample or, where it raises ``BadSample``, of the one that takes its place."""
+        return self.mixture.draw(number, lambda sample: use(fit_sample(sample, self.size)))
+
+    def take_skips(self) -> SkipCounts:
+        """Return the bad samples met in this process since the last call."""
+        return self.mixture.take_skips()
+
+    def probe(self) -> None:
+        """Find out before the first step when a whole source is wrong.
+
+        Raises:
+            ValueError: none of a source's probed samples can be read.
+        """
+        self.mixture.probe(lambda sample: fit_sample(sample, self.size))
+
+
+def pair_of(sample: Sample) -> tuple[np.ndarray, str]:
+    """Return picture ``(H, W, 3)`` and text of a sample of form image_text or text_image.
+
+    Raises:
+        ValueError: a sample of another form, which no replacement could mend: the source does not fit the stage.
+        BadSample: a pair without picture or text.
+    """
+    if sample.form not in PAIR_FORMS:
+        raise ValueError(
+            f"sample {sample.id} has form {sample.form}; the stages of the vision tower learn from pairs of picture "
+            "and text: leave its source out of their mixture"
+        )
+    parts = [part for turn in sample.turns for part in turn.parts]
+    frames = [part.frames[0] for part in parts if part.kind == "image"]
+    words = " ".join(part.text for part in parts if part.kind == "text").strip()
+    if not frames or not words:
+        kind = "missing_text" if frames else "missing_file"
+        raise BadSample(kind, f"sample {sample.id}: no pair of picture and text")
+    return frames[0], words

@@ -1,0 +1,135 @@
+"""From the `data` part of a configuration to what the stages read: the nano world, or sources of one's own."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import AutoTokenizer
+
+from vilau.configuration import VilaUConfig
+from vilau.data.feed import PairFeed, SampleFeed
+from vilau.data.mixture import Entry, Mixture
+from vilau.data.nano.dataset import ImageTextDataset, NanoDataset
+from vilau.data.nano.world import ASSETS, World
+from vilau.data.sources.source import ReadOptions, SourceConfig
+from vilau.processing.templates import OURS
+from vilau.training.config import LanguageStageConfig, StageName, TrainConfig
+
+
+def load_world(config: TrainConfig) -> World:
+    """Return the nano world that a configuration names."""
+    folder = Path(config.data.world) if config.data.world else None
+    return World.load(folder, objects=config.data.objects, styles=tuple(config.data.styles))
+
+
+def load_tokenizer(config: TrainConfig) -> Any:
+    """Return the tokenizer of a configuration: `data.tokenizer`, else the nano world's.
+
+    A tokenizer of another kind gets what it lacks of a pad token and of the chat template's special tokens, in the
+    template's order at the end of its vocabulary.
+
+    Raises:
+        ValueError: there is no such tokenizer.
+    """
+    if config.data.tokenizer is None:
+        folder = Path(config.data.world) if config.data.world else ASSETS
+        return AutoTokenizer.from_pretrained(folder / "tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.data.tokenizer)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"data.tokenizer: cannot load {config.data.tokenizer!r}: {reason}") from error
+    known = tokenizer.get_vocab()
+    special = [token for token in OURS.special_tokens if token not in known]
+    if special:
+        tokenizer.add_special_tokens({"additional_special_tokens": special}, replace_extra_special_tokens=False)
+    if tokenizer.pad_token_id is None:
+        tokenizer.add_special_tokens({"pad_token": tokenizer.unk_token or tokenizer.eos_token or "<pad>"})
+    return tokenizer
+
+
+def build_pairs(config: TrainConfig, name: StageName, size: int, seed: int) -> ImageTextDataset | PairFeed:
+    """Return pictures and captions for a stage of the vision tower, at `size` pixels.
+
+    Raises:
+        ValueError: a source that is not there, cannot be read at all or holds no pairs; too few samples.
+    """
+    settings = config.stages[name]
+    if not config.data.sources:
+        _refuse_mixture(settings.mixture, name)
+        return ImageTextDataset(load_world(config), "train", seed, size, settings.steps * settings.batch_size)
+    feed = PairFeed(build_mixture(config, name, seed), size, config.data.augment, seed)
+    feed.probe()
+    return feed
+
+
+def build_samples(config: TrainConfig, name: StageName, model: VilaUConfig, seed: int) -> NanoDataset | SampleFeed:
+    """Return samples for a language stage, at the model's size.
+
+    Raises:
+        ValueError: a source that is not there or cannot be read at all; too few samples.
+    """
+    settings = config.stages[name]
+    assert isinstance(settings, LanguageStageConfig)
+    size, frames = model.vision_config.image_size, model.num_frames
+    if config.data.sources:
+        feed = SampleFeed(build_mixture(config, name, seed, frames), size)
+        feed.probe()
+        return feed
+    count = settings.steps * settings.batch_size
+    return NanoDataset(load_world(config), settings.mixture, "train", seed, size, frames, settings.jitter, count)
+
+
+def build_mixture(config: TrainConfig, name: StageName, seed: int, num_frames: int = 8) -> Mixture:
+    """Return the mixture of a stage: the sources that its `mixture` names, or all of them by their own weights.
+
+    Raises:
+        ValueError: a name that no source has, a weight that is not above 0, or fewer samples than the stage reads.
+    """
+    settings = config.stages[name]
+    mixture = Mixture(open_sources(config, num_frames, settings.mixture, f"stages.{name}.mixture"), seed)
+    wanted = settings.steps * settings.batch_size
+    if mixture.total is not None and mixture.total < wanted:
+        raise ValueError(
+            f"stages.{name} reads {settings.steps} steps x {settings.batch_size} = {wanted} samples, but its sources "
+            f"give {mixture.total} with the `epochs` they have: raise these, or train fewer steps"
+        )
+    return mixture
+
+
+def open_sources(
+    config: TrainConfig, num_frames: int, weights: Mapping[str, float] | None = None, where: str = "mixture"
+) -> list[Entry]:
+    """Open the sources of a configuration, those of `weights` only where it names some."""
+    settings = config.data
+    options = ReadOptions(num_frames, settings.max_pixels, cache=Path(settings.cache) if settings.cache else None)
+    sources: dict[str, SourceConfig] = {}
+    for source in settings.sources:
+        if source.label in sources:
+            raise ValueError(f"data.sources: two sources have the name {source.label!r}; give one another `name`")
+        sources[source.label] = source
+    for label in weights or {}:
+        if label not in sources:
+            near = difflib.get_close_matches(label, sources, 1, 0.0)[0]
+            raise ValueError(f"{where}: no source has the name {label!r}; did you mean {near!r}?")
+    chosen: dict[str, float | Literal["size"]] = {label: source.weight for label, source in sources.items()}
+    if weights:
+        chosen = dict(weights)
+    for label, weight in chosen.items():
+        if weight != "size" and not 0 < weight < float("inf"):
+            raise ValueError(f"source {label!r} has weight {weight}, but it must be above 0: leave the source out")
+    return [
+        Entry(sources[label].open(options), weight, sources[label].epochs, sources[label].forms)
+        for label, weight in chosen.items()
+    ]
+
+
+def _refuse_mixture(mixture: Mapping[str, float], name: StageName) -> None:
+    if mixture:
+        raise ValueError(
+            f"stages.{name}.mixture names sources, but there are none under data.sources; the nano world's pictures "
+            "have no mixture"
+        )
