@@ -121,8 +121,9 @@ def make_model(make_config: Callable[..., Any]) -> Callable[..., Any]:
     def build(seed: int = 0, **changes: Any) -> VilaUForConditionalGeneration:
         torch.manual_seed(seed)
         model = VilaUForConditionalGeneration(make_config(**changes)).eval()
-        torch.nn.init.normal_(model.depth_transformer.position_embedding)
-        torch.nn.init.normal_(model.depth_transformer.head.weight, std=0.5)
+        if model.depth_transformer is not None:
+            torch.nn.init.normal_(model.depth_transformer.position_embedding)
+            torch.nn.init.normal_(model.depth_transformer.head.weight, std=0.5)
         return model
 
     return build

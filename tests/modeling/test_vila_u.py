@@ -303,3 +303,60 @@ def test_losses_in_pieces_are_those_of_whole_logits(make_model: Callable[..., An
     (plain, gradients), (pieces, others) = found
     assert torch.allclose(plain, pieces, atol=1e-5) and gradients.keys() == others.keys()
     assert all(torch.allclose(gradients[name], others[name], atol=1e-5) for name in gradients)
+
+
+@pytest.mark.parametrize("learning", ["ema", "gradient"])
+@torch.no_grad()
+def test_multi_codebooks_run_through_everything(make_model: Callable[..., Any], tmp_path: Path, learning: str) -> None:
+    """Packing, losses from pixels and from codes, scores and saving need not know that a tower is `mcq`."""
+    model = make_model(quantizer="mcq", code_dim=12, codebook_learning=learning)
+    one, two = model.losses(**packed(SAMPLES)), model.losses(**padded(SAMPLES))
+    torch.testing.assert_close(one.visual, two.visual, rtol=1e-4, atol=1e-4)
+    batch = padded([SAMPLES[0]])
+    other = {**batch, "codes": batch["codes"].clone()}
+    other["codes"][0, 0, 1] = (other["codes"][0, 0, 1] + 1) % 16
+    before, after = model.losses(**batch).visual, model.losses(**other).visual
+    assert torch.equal(before[0, :1], after[0, :1]) and not torch.allclose(before[0, 2], after[0, 2])
+    model.save_pretrained(tmp_path)
+    again = VilaUModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(again.losses(**batch).visual, before)
+
+
+@pytest.fixture(scope="module")
+def reader(make_model: Callable[..., Any]) -> VilaUModel:
+    """The very small model with continuous tokens."""
+    return make_model(quantizer="none")
+
+
+def test_continuous_tokens_are_read(reader: VilaUModel) -> None:
+    """`none`: pictures reach the text through projector(z_e); the text's loss trains language model and projector."""
+    batch = padded([SAMPLES[1]])
+    del batch["codes"]
+    pixels = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(6)) * 2 - 1
+    losses = reader.losses(**batch, pixel_values=pixels)
+    assert len(losses.text) == 3 and losses.visual.shape == (0, 3)
+    with torch.no_grad():
+        embeds = reader.embed(batch["input_ids"], batch["kinds"], pixel_values=pixels)
+        expected = reader.projector(reader.vision_tower.features(pixels))[0]
+        torch.testing.assert_close(embeds[batch["kinds"] == V], expected)
+        assert not torch.equal(reader.losses(**batch, pixel_values=-pixels).text, losses.text)
+        scores = reader.score(batch["input_ids"], batch["kinds"], batch["text_targets"], pixel_values=pixels)
+    torch.testing.assert_close(scores.total()[0], -losses.text.sum().detach())
+    losses.total().backward()
+    assert reader.projector.fc1.weight.grad is not None
+    assert reader.depth_transformer is None and not any("depth_transformer" in name for name in reader.state_dict())
+    reader.zero_grad(set_to_none=True)
+
+
+def test_continuous_tokens_have_no_visual_side(reader: VilaUModel) -> None:
+    """Codes, visual targets and tokenizing are refused in words that say what to do instead."""
+    pixels = torch.zeros(1, 3, 16, 16)
+    with pytest.raises(ValueError, match="continuous tokens"):
+        reader.vision_tower.encode(pixels)
+    batch = padded([SAMPLES[1]])
+    with pytest.raises(ValueError, match="Give pixel_values and ask for text"):
+        reader.losses(**batch)
+    del batch["codes"]
+    batch["visual_targets"] = batch["kinds"] == V
+    with pytest.raises(ValueError, match="trained or scored on visual positions"):
+        reader.losses(**batch, pixel_values=pixels)

@@ -167,3 +167,25 @@ def test_loading_in_half_precision_keeps_the_codebook(make_tower: Callable[..., 
     half.save_pretrained(tmp_path / "half")
     twice = VisionTower.from_pretrained(tmp_path / "half")
     assert torch.equal(twice.quantizer.codebook, tower.quantizer.codebook)
+
+
+@pytest.mark.parametrize("changes", [{}, {"quantizer": "mcq", "code_dim": 12}, {"quantizer": "none"}])
+def test_pictures_of_training_need_no_kind(make_tower: Callable[..., VisionTower], changes: dict[str, Any]) -> None:
+    """What the first codes keep, (I, P, D, C), ends in what the tower reconstructs from, codes or not."""
+    tower = make_tower(**changes)
+    partial = tower.partial_features(pictures())
+    with torch.no_grad():
+        out = tower(pictures())
+    assert partial.shape == (3, 4, 1 if changes.get("quantizer") == "none" else 3, tower.config.code_width)
+    torch.testing.assert_close(partial[:, :, -1], out.z_q)
+    assert (out.codes is None) == (changes.get("quantizer") == "none")
+
+
+def test_code_noise_is_for_the_decoder(make_tower: Callable[..., VisionTower]) -> None:
+    """In training the decoder draws from disturbed codes, while embeddings and codes are the undisturbed ones."""
+    tower = make_tower(code_noise=0.9)
+    tower.quantizer.initialised.fill_(1)
+    with torch.no_grad():
+        quiet, noisy = tower(pictures()), tower.train()(pictures())
+    assert torch.equal(quiet.codes, noisy.codes) and torch.equal(quiet.image_embeds, noisy.image_embeds)
+    assert not torch.allclose(quiet.z_q, noisy.z_q)

@@ -85,6 +85,8 @@ class Codebooks(nn.Module):
         """Return all code vectors ``(books, K, width)``, without gradient."""
         if not self.by_gradient:
             return self.codebook
+        if torch.compiler.is_compiling():  # a compiled step reads what was there before, or multiplies each time
+            return self.mapped_books().detach() if self._mapped is None else self._mapped[1]
         state = (self.map._version, self.basis._version, self.map.data_ptr(), self.basis.data_ptr())
         if self._mapped is None or self._mapped[0] != state:
             with torch.inference_mode(False):
