@@ -9,6 +9,7 @@ import numpy as np
 
 from ..processing.augment import AugmentConfig, augment, fit_sample
 from .mixture import Mixture, SkipCounts
+from .permutation import hash64
 from .sample import Sample
 from .sources.source import BadSample
 from .variation import PAIR_FORMS
@@ -20,7 +21,8 @@ class PairFeed:
     """Pictures with captions for the stages of the vision tower.
 
     Args:
-        mixture: of sources whose samples are pairs of a picture and a text, either way round.
+        mixture: of sources whose samples are pairs of a picture or a film and a text, either way round; of a film one
+            frame is taken, another one each epoch.
         size: side S of the square.
         config: resize rule and augmentation.
         seed: of the augmentation, which depends on (seed, epoch, sample).
@@ -47,7 +49,8 @@ class PairFeed:
         self.mixture.probe(pair_of)
 
     def _pair(self, sample: Sample) -> tuple[np.ndarray, str]:
-        pixels, caption = pair_of(sample)
+        frames, caption = pair_of(sample)
+        pixels = frames[hash64("frame", self.seed, sample.id) % len(frames)]
         return augment(pixels, self.size, self.config, self.seed, sample.id), caption
 
 
@@ -77,22 +80,22 @@ class SampleFeed:
         self.mixture.probe(lambda sample: fit_sample(sample, self.size))
 
 
-def pair_of(sample: Sample) -> tuple[np.ndarray, str]:
-    """Return picture ``(H, W, 3)`` and text of a sample of form image_text or text_image.
+def pair_of(sample: Sample) -> tuple[tuple[np.ndarray, ...], str]:
+    """Return the picture's or film's frames ``(H, W, 3)`` and the text of a pair.
 
     Raises:
         ValueError: a sample of another form, which no replacement could mend: the source does not fit the stage.
         BadSample: a pair without picture or text.
     """
-    if sample.form not in PAIR_FORMS:
+    parts = [part for turn in sample.turns for part in turn.parts]
+    shown = [part for part in parts if part.kind != "text"]
+    if sample.form not in PAIR_FORMS and not (sample.form == "text_video" and len(shown) == 1):
         raise ValueError(
             f"sample {sample.id} has form {sample.form}; the stages of the vision tower learn from pairs of picture "
             "and text: leave its source out of their mixture"
         )
-    parts = [part for turn in sample.turns for part in turn.parts]
-    frames = [part.frames[0] for part in parts if part.kind == "image"]
     words = " ".join(part.text for part in parts if part.kind == "text").strip()
-    if not frames or not words:
-        kind = "missing_text" if frames else "missing_file"
+    if not shown or not words:
+        kind = "missing_text" if shown else "missing_file"
         raise BadSample(kind, f"sample {sample.id}: no pair of picture and text")
-    return frames[0], words
+    return shown[0].frames, words
