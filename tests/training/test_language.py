@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from vilau.data.collate import collate_padded
 from vilau.data.nano.world import ASSETS
 from vilau.data.sample import Sample, Turn, image, text, video
+from vilau.data.sources.source import BadSample
 from vilau.model import VilaUForConditionalGeneration
 from vilau.processing.encode import encode_sample
 from vilau.processing.processor import build_processor
@@ -175,6 +176,44 @@ def test_a_sample_longer_than_a_row_is_named(make_stage: Callable[..., LanguageS
     """Nothing is cut silently: the error names the sample and the remedy."""
     with pytest.raises(ValueError, match="sample-2 has .* raise row_length"):
         make_stage(row_length=16, batch_size=3).make_batch(0, 0, 1)
+
+
+def test_long_samples_are_shortened_and_counted(make_stage: Callable[..., LanguageStage]) -> None:
+    """A document that does not fit loses its last parts, which the log shows as a share of all samples."""
+    parts = Plain()[4].turns[0].parts
+    story = Sample("story", "interleaved", (Turn("document", parts + parts[1:]),))
+    whole = make_stage(batch_size=5)._encode(story)
+    stage = make_stage(row_length=len(whole) - 1, batch_size=5)
+    short = stage._encode(story)
+    assert short.left_out == 1 and len(short) < len(whole)
+    batch = collate_padded([short, short, stage._encode(Plain()[3])], 0)
+    assert batch.shortened == 2
+    assert stage.compute(batch, 0).sums["shortened"] == (2.0, 3)
+
+
+def test_a_source_may_replace_what_never_fits(make_stage: Callable[..., LanguageStage]) -> None:
+    """Encoding happens where a mixture can count a sample as bad and take another one instead."""
+    stage = make_stage(row_length=16, batch_size=5)
+
+    class Replacing(Plain):
+        def draw(self, number: int, use: Callable[[Sample], Any]) -> Any:
+            try:
+                return use(self[number])
+            except BadSample as bad:
+                assert bad.kind == "too_long"
+                return use(self[3])
+
+    stage.source = Replacing()
+    ids = stage.make_batch(0, 0, 1).sample_ids
+    assert ids.count("sample-3") > 1 and len(ids) == 5
+
+
+def test_loss_on_both_sides_is_a_switch(make_stage: Callable[..., LanguageStage]) -> None:
+    """`supervise: both` adds the pictures of captions and the words of prompts to the targets."""
+    latter, both = (make_stage(supervise=side, batch_size=5).make_batch(0, 0, 1) for side in ("latter", "both"))
+    assert both.input_ids.tolist() == latter.input_ids.tolist()
+    assert int(both.visual_targets.sum()) > int(latter.visual_targets.sum())
+    assert bool((both.text_targets >= latter.text_targets).all())
 
 
 def test_result_is_a_model_that_generates(make_stage: Callable[..., LanguageStage], tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ class Batch:
     ``(0, 0, 0)`` otherwise
     form_ids: ``(R, L)`` int64, index into ``data.sample.FORMS`` of the sample at each position; -1 at padding
     sample_ids, forms: of the samples, in the order in which they were given (not the order of the rows)
+    shortened: how many samples lost turns or parts to fit into a row
     """
 
     input_ids: torch.Tensor
@@ -48,6 +49,7 @@ class Batch:
     form_ids: torch.Tensor
     sample_ids: tuple[str, ...]
     forms: tuple[str, ...]
+    shortened: int = 0
 
     def _map(self, function: Any) -> Batch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -160,4 +162,5 @@ def _build(
         form_ids=torch.from_numpy(form_ids),
         sample_ids=tuple(sample.sample_id for sample in samples),
         forms=tuple(sample.form for sample in samples),
+        shortened=sum(sample.left_out > 0 for sample in samples),
     )

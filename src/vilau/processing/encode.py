@@ -149,7 +149,7 @@ def encode_sample(
         encoded = encode(turns)
         if max_length is None or len(encoded) <= max_length:
             return encoded
-        return _shorten(turns, encode, len(encoded), max_length)
+        return _shorten(turns, encode, encoded, max_length)
     except BadSample:
         raise
     except ValueError as error:
@@ -190,7 +190,7 @@ def _shortenings(turns: Sequence[Turn]) -> list[tuple[Turn, ...]]:
 
 
 def _shorten(
-    turns: Sequence[Turn], encode: Callable[[Sequence[Turn]], EncodedSample], length: int, max_length: int
+    turns: Sequence[Turn], encode: Callable[[Sequence[Turn]], EncodedSample], whole: EncodedSample, max_length: int
 ) -> EncodedSample:
     """The longest version of a sample that fits, found by halving: lengths rise with the number of turns or parts."""
     versions = _shortenings(turns)
@@ -198,8 +198,8 @@ def _shorten(
     if not fits:
         raise BadSample(
             "too_long",
-            f"{length} positions, more than {max_length}, and no whole turn or part can be left out: "
-            "raise row_length or shorten the sample",
+            f"sample {whole.sample_id} has {len(whole)} positions, more than {max_length}, and no whole turn or part "
+            "can be left out: raise row_length or shorten the sample",
         )
     short = encode(versions[fits - 1])
     if turns[0].role == "document":

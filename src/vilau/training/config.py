@@ -140,6 +140,7 @@ class LanguageStageConfig(StageConfig):
     jitter: float = Field(0.0, ge=0, description="random shift of objects, up to so many 1/32 of the side")
     row_length: int = Field(128, ge=16, description="positions per packed row")
     text_dropout: float = Field(0.1, ge=0, le=1, description="share of prompts emptied for guidance")
+    supervise: Literal["latter", "both"] = Field("latter", description="loss on the latter modality, or on both")
     text_weight: float = Field(1.0, ge=0)
     visual_weight: float = Field(1.0, ge=0)
     visual_share: float = Field(1.0, gt=0, le=1, description="share of visual positions whose codes are in the loss")

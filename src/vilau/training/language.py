@@ -66,8 +66,13 @@ class LanguageStage(Stage):
 
     def make_batch(self, step: int, rank: int, world_size: int) -> Batch:
         numbers = local_numbers(step, self.config.batch_size, rank, world_size)
-        encoded = [self._encode(self.source[number]) for number in numbers]
+        encoded = [self._read(number) for number in numbers]
         return collate(encoded, self.config.row_length, int(self.processor.tokenizer.pad_token_id))
+
+    def _read(self, number: int) -> EncodedSample:
+        """A sample ready to pack; where the source can, one that cannot be used or never fits gives way to another."""
+        draw = getattr(self.source, "draw", None)
+        return self._encode(self.source[number]) if draw is None else draw(number, self._encode)
 
     def _encode(self, sample: Sample) -> EncodedSample:
         return encode_sample(
@@ -76,6 +81,8 @@ class LanguageStage(Stage):
             self.processor.template,
             self.model.config.vision_config.num_positions,
             drop_text=drops_text(self.seed, sample.id, self.config.text_dropout),
+            supervise=self.config.supervise,
+            max_length=self.config.row_length,
         )
 
     def sharded_blocks(self) -> list[nn.Module]:
@@ -115,6 +122,7 @@ class LanguageStage(Stage):
             "text": (losses.text.detach().sum(), losses.text.numel()),
             "visual": (losses.visual.detach().sum(), losses.visual.numel()),
             "padding": (1.0 - float((batch.form_ids >= 0).float().mean()), 1),
+            "shortened": (float(batch.shortened), len(batch.sample_ids)),
         }
         return StepResult(loss, sums | _by_form(losses, batch))
 
