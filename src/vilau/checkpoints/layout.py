@@ -88,9 +88,8 @@ def _fetch(model: str, subfolder: str, files: Sequence[str], hub: dict[str, Any]
     except HFValidationError as error:
         raise ValueError(f"{model}: there is no such folder, and a hub id looks like owner/name") from error
     except Exception as error:
-        lines = str(error).strip().splitlines()
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(
-            f"{model}: there is no such folder, and it cannot be fetched from the hub "
-            f"({lines[0] if lines else type(error).__name__})"
+            f"{model}: there is no such folder, and it cannot be fetched from the hub ({reason})"
         ) from error
     return fetched / subfolder if subfolder else fetched

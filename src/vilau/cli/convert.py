@@ -13,7 +13,7 @@ def convert(
     source: Path = typer.Argument(
         ...,
         metavar="SRC",
-        help="A released checkpoint, a model folder, the `final` folder of a training stage, or an RQ-VAE.",
+        help="A released checkpoint (or its hub id), a model folder, a stage's `final` folder, or an RQ-VAE.",
     ),
     target: Path = typer.Argument(..., metavar="DST", help="The new model folder."),
     to: str = typer.Option("ours", help="The layout of DST: ours or released."),
@@ -37,11 +37,13 @@ def convert(
     """
     if to not in ("ours", "released"):
         raise typer.BadParameter(f"{to!r} is no layout: it must be ours or released", param_hint="--to")
-    from vilau.checkpoints.layout import find_layout
+    from vilau.checkpoints.layout import find_layout, resolve
     from vilau.checkpoints.rqvae import is_rqvae
 
     given = {"visual_guidance_scale": guidance_scale, "visual_temperature": temperature}
     sampling = {name: value for name, value in given.items() if value is not None}
+    if not source.exists():
+        source = resolve(source)
     if is_rqvae(source):
         if sampling or card is not None or dtype is not None or to != "ours":
             raise ValueError("an RQ-VAE becomes a vision tower of ours in float32: only --ema and --force apply to it")
