@@ -124,7 +124,7 @@ def load(model: str | os.PathLike[str] | None = None, device: str | None = None,
     Raises:
         ValueError: no such model, a file of it is missing or broken, or there is no such device.
     """
-    target = _device(device)
+    target = choose_device(device)
     name = str(find_model(model))
     try:
         network, loaded = VilaUForConditionalGeneration.from_pretrained(
@@ -142,7 +142,8 @@ def load(model: str | os.PathLike[str] | None = None, device: str | None = None,
     return Pipeline(network.eval().to(target), processor)
 
 
-def _device(device: str | None) -> torch.device:
+def choose_device(device: str | None) -> torch.device:
+    """Return the device of this name; the GPU if there is one for ``None`` and ``auto``."""
     if device in (None, "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

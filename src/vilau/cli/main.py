@@ -13,7 +13,7 @@ from pathlib import Path
 import typer
 
 from vilau import __version__
-from vilau.cli import ask, convert, data, demo, evaluate, experiments, generate, info, parity
+from vilau.cli import ask, convert, data, demo, evaluate, experiments, generate, info, parity, tokenize
 from vilau.cli.common import one_line
 
 INTERRUPTED = 130
@@ -66,6 +66,8 @@ app.command("convert")(convert.convert)
 app.command("info")(info.info)
 app.command("eval")(evaluate.evaluate)
 app.command("parity")(parity.parity)
+app.command("tokenize")(tokenize.tokenize)
+app.command("detokenize")(tokenize.detokenize)
 app.command("demo")(demo.demo)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from torch.nn import functional as F
 from vilau.evaluation.features import FeatureExtractor
 from vilau.evaluation.metrics import psnr
 from vilau.evaluation.reconstruction import Moments, frechet_distance, ssim
+from vilau.modeling.codebook_usage import CodebookUsage, codebook_usage
+from vilau.modeling.quantizer import Quantizer
 from vilau.modeling.vision_tower import VisionTower
 from vilau.processing.images import normalise
 
@@ -163,30 +166,19 @@ class _Seen:
         if self.ours.count > 1 and self.extractor is not None:
             found[f"rfid_{self.extractor.name}"] = frechet_distance(self.ours, self.real)
         if self.codes:
-            found |= code_figures(torch.cat(self.codes), self.tower.config.codebook_size, _shares(self.tower))
+            usage = codebook_usage(torch.cat(self.codes), self.tower.config.codebook_size)
+            found |= code_figures(usage, len(cast(Quantizer, self.tower.quantizer).books()) == 1)
             variance = self.power - float(self.features.total.square().sum()) / self.features.count
             found["quantization_error"] = self.error / max(variance, 1e-12)
         return found
 
 
-def code_figures(codes: torch.Tensor, codebook_size: int, shared: bool) -> dict[str, float]:
-    """Return usage and perplexity of ``codes`` (..., D): per depth, and of the whole codebook (all, if not shared)."""
-    rows = codes.reshape(-1, codes.shape[-1])
-    found: dict[str, float] = {}
-    counts = torch.stack([torch.bincount(column, minlength=codebook_size) for column in rows.unbind(1)])
-    used = counts.sum(0, keepdim=True) > 0 if shared else counts > 0
-    found["code_usage"] = float(used.double().mean())
-    for depth, count in enumerate(counts, 1):
-        share = count.double() / count.sum()
-        entropy = -(share * share.clamp_min(1e-300).log()).sum()
-        found[f"usage_depth_{depth}"] = float((count > 0).double().mean())
-        found[f"perplexity_depth_{depth}"] = float(entropy.exp())
+def code_figures(usage: CodebookUsage, shared: bool) -> dict[str, float]:
+    """Return usage and perplexity of codes: per depth, and of the one codebook for all depths or of all codebooks."""
+    found = {"code_usage": float((usage.shared() if shared else usage).share.mean())}
+    for depth, (share, perplexity) in enumerate(zip(usage.share, usage.perplexity, strict=True), 1):
+        found |= {f"usage_depth_{depth}": float(share), f"perplexity_depth_{depth}": float(perplexity)}
     return found
-
-
-def _shares(tower: VisionTower) -> bool:
-    """Whether all depths choose from one codebook; the chunks of `mcq` have one each."""
-    return bool(tower.config.shared_codebook) and tower.config.quantizer == "rq"
 
 
 def _zero_shot(

@@ -23,7 +23,6 @@ import torch
 
 from vilau import __version__
 from vilau.evaluation.features import load_extractor
-from vilau.evaluation.tower import TowerFigures, ValidationSet
 from vilau.evaluation.tower_data import nano_validation
 from vilau.evaluation.tower_pictures import draw_strip
 from vilau.evaluation.tower_suite import load_tower, measure_finished
@@ -53,7 +52,7 @@ class Cell:
     @property
     def digest(self) -> str:
         """SHA-256 of everything in the configuration that decides the outcome."""
-        facts = self.config.model_dump(mode="json")
+        facts = self.config.model_dump(mode="json", exclude_defaults=True)  # a new key must not undo old results
         kept = {key: value for key, value in facts.items() if key not in _NOT_TRAINING}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
@@ -66,6 +65,12 @@ class Cell:
     def steps(self) -> int:
         """Planned steps of that stage."""
         return int(self.config.stages[self.stage].steps)  # type: ignore[literal-required]
+
+    @property
+    def draws(self) -> bool:
+        """Whether its pixel decoder is trained."""
+        settings = self.config.stages.get("vision_tower")
+        return settings is not None and settings.reconstruction_weight > 0
 
     @property
     def folder(self) -> Path:
@@ -246,23 +251,21 @@ def _measure(cell: Cell, final: Path, out: Path) -> dict[str, Any]:
     tower = load_tower(final)
     config = cell.config
     data = nano_validation(load_world(config), tower.config.image_size, config.validation_samples)
-    found = final_figures(tower, final, data, cell.stage == "vision_tower")
-    if cell.stage == "vision_tower":
+    extractor = load_extractor() if cell.draws else None
+    found = measure_finished(
+        tower, final, data, extractor, quantize=cell.stage == "vision_tower", reconstruct=cell.draws
+    )
+    if cell.draws:
         draw_strip(tower, data.frames, out / f"{cell.name}.png")
     return {
         "metrics": {name: round(value, 5) for name, value in found.metrics.items()},
         "items": found.items,
         "chance": data.chance(),
         "data": data.name,
-        "extractor": "judge",
+        "extractor": extractor.name if extractor is not None else None,
         "parameters": count_parameters(tower),
         "training": _read_json(final / "training.json"),
     }
-
-
-def final_figures(tower: VisionTower, folder: Path, data: ValidationSet, whole: bool) -> TowerFigures:
-    """Return the figures of a finished tower; of one that was only aligned, those of its embeddings."""
-    return measure_finished(tower, folder, data, load_extractor() if whole else None, whole)
 
 
 def count_parameters(tower: VisionTower) -> dict[str, int]:

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from vilau.evaluation.charts import Panel, svg
 from vilau.evaluation.tower_cells import SUPERSEDED, Cell, read_result
-from vilau.evaluation.tower_claims import CLAIMS, GROUPS, Claim
+from vilau.evaluation.tower_claims import CLAIMS, DESCRIPTIONS, GROUPS, Claim
 from vilau.evaluation.validation import write_text
 
 BEGIN = (
@@ -84,7 +84,8 @@ def _lines(cells: Mapping[str, Cell], results: Mapping[str, Result], out: Path) 
         *_protocol(results),
     ]
     for group in groups_of(results):
-        lines += ["", f"## {group.title}", "", *_table(group.cells, results)]
+        lines += ["", f"## {group.title}", "", *_table(group.cells, results), ""]
+        lines += [f"- `{name}`: {DESCRIPTIONS[name]}" for name in group.cells if name in DESCRIPTIONS]
     lines += ["", "## Against what the paper reports", "", *_claims(results)]
     lines += ["", "## Curves", "", f"![Validation figures while training]({out.name}/curves.svg)"]
     lines += ["", "Held-out pictures; the dashed line is chance."]

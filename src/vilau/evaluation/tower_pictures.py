@@ -20,12 +20,8 @@ def reconstruction_rows(tower: VisionTower, pixel_values: torch.Tensor) -> list[
 
     A tower of continuous tokens has no codes and one row beside the originals.
     """
-    output = tower(pixel_values)
-    if output.codes is None:
-        return [pixel_values, tower.decode_features(output.z_q).clamp(-1, 1)]
-    partial = tower.quantizer.partial_z_q(output.codes)  # (N, P, D, C)
-    depths = range(partial.shape[2])
-    return [pixel_values, *(tower.decode_features(partial[:, :, d].to(tower.dtype)).clamp(-1, 1) for d in depths)]
+    partial = tower.quantizer.partial_features(tower.features(pixel_values))  # (N, P, D, C)
+    return [pixel_values, *(tower.decode_features(part).clamp(-1, 1) for part in partial.unbind(2))]
 
 
 def draw_strip(tower: VisionTower, frames: np.ndarray, target: Path) -> None:

@@ -71,11 +71,17 @@ def run_tower_suite(
 
 
 def measure_finished(
-    tower: VisionTower, folder: str | Path, data: ValidationSet, extractor: FeatureExtractor | None, whole: bool = True
+    tower: VisionTower,
+    folder: str | Path,
+    data: ValidationSet,
+    extractor: FeatureExtractor | None,
+    *,
+    quantize: bool = True,
+    reconstruct: bool = True,
 ) -> TowerFigures:
     """Measure a tower with the tokenizer that lies beside it; without a text encoder, pictures alone.
 
-    `whole` is False for a tower that was only aligned: its quantizer and decoder know nothing yet.
+    `quantize` is False for a tower that was only aligned, `reconstruct` for one whose decoder was not trained.
     """
     encode = None
     if tower.text_encoder is not None:
@@ -83,7 +89,7 @@ def measure_finished(
             encode = text_encoding(tower, AutoTokenizer.from_pretrained(folder))
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder} holds a tower with a text encoder but no tokenizer for it") from error
-    return measure_tower(tower, data, encode, extractor, quantize=whole, reconstruct=whole)
+    return measure_tower(tower, data, encode, extractor, quantize=quantize, reconstruct=reconstruct)
 
 
 def text_encoding(tower: VisionTower, tokenizer: Any) -> EncodeTexts:

@@ -43,10 +43,11 @@ class TowerValidation:
         def encode(texts: Sequence[str]) -> torch.Tensor:
             return encode_captions(stage.tokenizer, texts, stage.text_length)
 
-        whole = stage.reconstruct
-        extractor = self.make_extractor() if whole else None
+        extractor = self.make_extractor() if stage.reconstruct else None
         data = self.make_data(stage.tower.config.image_size)
-        found = measure_tower(stage.tower, data, encode, extractor, quantize=whole, reconstruct=whole)
+        found = measure_tower(
+            stage.tower, data, encode, extractor, quantize=stage.quantize, reconstruct=stage.reconstruct
+        )
         summary = {
             "step": step,
             "data": data.name,
