@@ -13,7 +13,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from vilau.checkpoints.auto import register_released
 from vilau.checkpoints.loading import load_pretrained
 from vilau.configuration import DepthTransformerConfig, PositionKind, VilaUConfig, VisionTowerConfig
-from vilau.generation.position import Networks, Prompts, VisualStep
+from vilau.generation.compiled import visual_step
+from vilau.generation.position import Prompts
 from vilau.generation.sampling import SamplingOptions, row_seeds
 from vilau.generation.visual import Progress, VisualRequest, run_codes
 from vilau.modeling.vila_u import VilaULosses, VilaUModel
@@ -156,6 +157,8 @@ class VilaUForConditionalGeneration(VilaUModel, GenerationMixin):
         video: bool,
         num_frames: int | None = None,
         progress: Progress | None = None,
+        kernel: str | None = None,
+        compile: bool = False,
         **sampling: Any,
     ) -> VisualOutput:
         """Return pictures or videos for prompts ``inputs_embeds`` (B, L, H) that end with a visual start token.
@@ -163,10 +166,15 @@ class VilaUForConditionalGeneration(VilaUModel, GenerationMixin):
         Args:
             num_frames: frames of a video; absent, the configuration's.
             progress: called with (positions done, total); returning ``False`` cancels.
+            kernel: how weights lie in memory on a CPU, `plain`, `mkldnn` or `mkl`; absent, the fastest in a trial where
+                that is worth a copy of at most 2 GiB (see `vilau.generation.prepared`).
+            compile: run each position as one compiled function (CPU) or captured graph (CUDA); compiling takes about a
+                minute, once for each number of pictures.
             sampling: the further arguments of `visual_request`.
         """
         request = self.visual_request(inputs_embeds, attention_mask, video, num_frames, **sampling)
-        codes = run_codes(VisualStep(Networks.of(self)), request, progress)
+        step = visual_step(self, len(request.prompts.rows), kernel, compile)
+        codes = run_codes(step, request, progress)
         rows, frames = len(codes), request.positions // request.per_picture
         codes = codes.unflatten(1, (frames, -1))  # (N, F, P, D)
         pixels = self.vision_tower.decode(codes.flatten(0, 1)).unflatten(0, (rows, frames))
@@ -201,8 +209,10 @@ class VilaUForConditionalGeneration(VilaUModel, GenerationMixin):
             num_images_per_prompt: pictures (or videos) for each prompt; they share its reading.
 
         Raises:
-            ValueError: a value is out of its range, or prompt and pictures exceed the model's context.
+            ValueError: a value is out of its range, prompt and pictures exceed the model's context, or the model reads
+                continuous tokens and cannot draw.
         """
+        self.check_draws()
         count, copies = len(inputs_embeds), num_images_per_prompt
         if copies < 1:
             raise ValueError(f"num_images_per_prompt is {copies}; it must be at least 1")

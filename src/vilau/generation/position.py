@@ -107,7 +107,8 @@ class SlotLanguage:
             use_cache=True,
         ).last_hidden_state
         self.cache.lengths[: self.rows] += 1
-        self.filled += 1
+        if not self.static:
+            self.filled += 1
         return states[:, 0]
 
     def keep(self, rows: int) -> None:
@@ -213,7 +214,12 @@ class VisualState:
 
 
 class VisualStep:
-    """The work of one position over a `VisualState`, which it changes in place."""
+    """The work of one position over a `VisualState`, which it changes in place.
+
+    `static`: every position has the same shapes, and all rows run whether they are guided or not.
+    """
+
+    static = False
 
     def __init__(self, networks: Networks) -> None:
         self.networks = networks

@@ -94,17 +94,19 @@ def iterate_codes(step: VisualStep, request: VisualRequest) -> Iterator[torch.Te
 
     What is yielded is a view that later positions do not change. To cancel, stop asking.
     """
-    begun = begin(step.networks, request)
+    begun = begin(step.networks, request, step.static)
     state, language, hidden = begun.state, begun.language, begun.hidden
     count, last = len(request.seeds), begun.last_guided
     codes = state.codes.new_zeros((count, request.positions, state.codes.shape[1]))
     for position in range(request.positions):
-        if position == last + 1:
+        if position == last + 1 and not step.static:
             language.keep(count)  # no guidance from here on: the unconditional rows are done
             hidden = hidden[:count]
+        guided = step.static or begun.guided[position]
         if position:
-            hidden = step.advance(state, language)
-        codes[:, position] = step.draw(hidden, state, begun.guided[position])
+            codes[:, position] = step(state, language, guided)
+        else:
+            codes[:, position] = step.draw(hidden, state, guided)
         yield codes[:, : position + 1]
 
 
