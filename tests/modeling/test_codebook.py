@@ -264,3 +264,20 @@ def test_gradients_reach_all_that_should_learn() -> None:
     assert gradients[0] is not None and gradients[1] is None
     gradients = torch.autograd.grad(out.codebook_loss, (z_e, quantizer.map), allow_unused=True)
     assert gradients[0] is None and gradients[1] is not None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_held_batches_count_as_one(kind: str) -> None:
+    """Gradient accumulation: two halves held for one update move the averages as the whole batch does."""
+    whole, halves = build(kind, restart_unused=False), build(kind, restart_unused=False)
+    for quantizer in (whole, halves):
+        quantizer.initialise(features())
+    halves.batches_per_update = 2
+    for seed in (6, 7):
+        z_e, before = features(40, seed=seed), halves.codebook.clone()
+        whole(z_e)
+        halves(z_e[:10])
+        assert torch.equal(halves.codebook, before)
+        halves(z_e[10:])
+        torch.testing.assert_close(halves.codebook, whole.codebook, rtol=1e-5, atol=1e-5)
+        assert not torch.equal(halves.codebook, before)

@@ -54,8 +54,12 @@ class Codebooks(nn.Module):
         codebook_size: `K`.
         width: of one code vector.
         options: how they start and learn.
+
+    `batches_per_update` may be set for gradient accumulation: moving averages then move once for the statistics of so
+    many batches, as if these had come as one; codes restart from the last of them.
     """
 
+    batches_per_update: int = 1
     codebook: torch.Tensor
     ema_count: torch.Tensor
     ema_sum: torch.Tensor
@@ -75,6 +79,8 @@ class Codebooks(nn.Module):
             self.register_buffer("ema_sum", self.codebook.clone())
         self.register_buffer("initialised", torch.zeros(1, dtype=torch.long))
         self._mapped: tuple[tuple[int, ...], torch.Tensor] | None = None
+        self._held: tuple[torch.Tensor, torch.Tensor] | None = None  # statistics of batches that wait for others
+        self._batches_held = 0
 
     @property
     def by_gradient(self) -> bool:
@@ -179,6 +185,13 @@ class Codebooks(nn.Module):
             sample: given a codebook's number and how many codes want to restart, at most so many of the vectors
                 ``(M, width)`` that the batch asked this codebook for, the same on every process.
         """
+        if self._held is not None:
+            count, total = count + self._held[0], total + self._held[1]
+        self._batches_held += 1
+        if self._batches_held < self.batches_per_update:
+            self._held = (count, total)
+            return
+        self._held, self._batches_held = None, 0
         codebook_search.sum_over_processes(count, total)
         self.ema_count.lerp_(count, 1 - self.options.decay)
         self.ema_sum.lerp_(total, 1 - self.options.decay)
@@ -187,7 +200,7 @@ class Codebooks(nn.Module):
                 self._restart(book, sample)
         mass = self.ema_count.sum(1, keepdim=True)
         smooth = (self.ema_count + _SMOOTHING) / (mass + self.codebook_size * _SMOOTHING) * mass
-        self.codebook.copy_(self.ema_sum / smooth.unsqueeze(-1))
+        torch.div(self.ema_sum, smooth.unsqueeze(-1), out=self.codebook)
 
     def _restart(self, book: int, sample: Callable[[int, int], torch.Tensor]) -> None:
         """Give unused codes random vectors of the batch; with fewer vectors than such codes, the others wait."""
