@@ -20,12 +20,15 @@ from vilau.cli.common import (
     write_text,
 )
 
-SUITES = ("nano",)
+SUITES = ("nano", "tower")
 
 
 def evaluate(
     model: str | None = typer.Argument(None, metavar="[MODEL]", help=MODEL_HELP),
-    suite: str = typer.Option("nano", help=f"Which suite: {', '.join(SUITES)}."),
+    suite: str = typer.Option("nano", help="nano: the whole model; tower: a vision tower, alone or in a whole model."),
+    extractor: str | None = typer.Option(
+        None, help="Suite tower: features of the Fréchet distance, a TorchScript file; the shipped judge's if absent."
+    ),
     limit: int | None = typer.Option(
         None, callback=within(1, 10**9), help="At most this many items per metric; all if absent."
     ),
@@ -40,13 +43,9 @@ def evaluate(
         raise typer.BadParameter(f"unknown suite {suite!r}: choose one of {', '.join(SUITES)}")
     if out is not None:
         check_targets([out], force)
-    from vilau.shipped import find_model
-
-    folder = find_model(model)
-    quiet_libraries()
-    from vilau.evaluation.nano import run_suite
-
-    result = run_suite(folder, limit=limit, seed=seed, device=device, progress=say)
+    if extractor is not None and suite != "tower":
+        raise typer.BadParameter("--extractor is for the tower suite: add --suite tower")
+    result = _measure(model, suite, limit, seed, device, extractor)
     if out is not None:
         write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", out)
     if as_json:
@@ -56,10 +55,27 @@ def evaluate(
         typer.echo(line)
 
 
+def _measure(
+    model: str | None, suite: str, limit: int | None, seed: int, device: str | None, extractor: str | None
+) -> dict[str, Any]:
+    from vilau.shipped import find_model, find_tower
+
+    folder = (find_tower if suite == "tower" else find_model)(model)
+    quiet_libraries()
+    if suite == "tower":
+        from vilau.evaluation.tower_suite import run_tower_suite
+
+        return run_tower_suite(folder, limit=limit, seed=seed, device=device, extractor=extractor)
+    from vilau.evaluation.nano import run_suite
+
+    return run_suite(folder, limit=limit, seed=seed, device=device, progress=say)
+
+
 def table(result: dict[str, Any]) -> list[str]:
-    """Metrics beside their ceilings and sample counts, as lines for people."""
-    lines = [f"{'metric':<26} {'value':>9} {'ceiling':>9} {'items':>7}"]
-    ceilings, samples = result.get("ceilings", {}), result.get("samples", {})
+    """Metrics beside their ceilings (or what guessing reaches) and sample counts, as lines for people."""
+    beside = "chance" if "chance" in result else "ceiling"
+    lines = [f"{'metric':<26} {'value':>9} {beside:>9} {'items':>7}"]
+    ceilings, samples = result.get("chance") or result.get("ceilings", {}), result.get("samples", {})
     for name, value in result["metrics"].items():
         ceiling = f"{ceilings[name]:.3f}" if name in ceilings else "-"
         shown = "-" if value is None else f"{value:.3f}"
