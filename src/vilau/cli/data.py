@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 
 from vilau.cli.common import JSON_HELP, print_json, within
+from vilau.cli.data_convert import convert
 
 app = typer.Typer(help="Build training data.", rich_markup_mode=None)
 
@@ -14,6 +15,9 @@ app = typer.Typer(help="Build training data.", rich_markup_mode=None)
 @app.callback()
 def _group() -> None:
     """Build training data."""
+
+
+app.command("convert")(convert)
 
 
 @app.command("nano")
