@@ -136,3 +136,35 @@ def test_every_file_under_configs_is_valid(root: Path) -> None:
         config = load_config(file)
         assert config.stages, file
         assert TrainConfig.model_validate(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
+
+
+def test_a_file_changes_its_base(tmp_path: Path) -> None:
+    """Groups are merged key by key, lists and values replaced, `null` takes a key away; overrides come last."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "base.yaml").write_text(BASE.replace("{text: 1.0}", "{text: 1.0, question: 2.0}"))
+    (tmp_path / "mid.yaml").write_text("base: a/base.yaml\nname: mid\nstages: {align: null}\n")
+    file = tmp_path / "top.yaml"
+    file.write_text("base: mid.yaml\noutput: runs/top\nstages: {sft: {steps: 9, mixture: {text: null}, freeze: [x]}}\n")
+    config = load_config(file, ["stages.sft.batch_size=3"])
+    assert (config.name, config.output, set(config.stages)) == ("mid", "runs/top", {"sft"})
+    sft = config.stages["sft"]
+    assert (sft.steps, sft.batch_size, sft.freeze, sft.optimizer.lr) == (9, 3, ["x"], 0.5)
+    assert dict(sft.mixture) == {"question": 2.0} and config.model == {"vision_config": {"depth": 2}}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("base: none.yaml", "cannot read the configuration .*none.yaml"),
+        ("base: top.yaml", "is its own base"),
+        ("base: [a, b]", "base must be the path of one file"),
+        ("base: base.yaml\nsed: 3", "unknown key 'sed'; did you mean 'seed'"),
+        ("base: base.yaml\nstages: {pretrain: null}", "null takes 'stages.pretrain' away, but its base has no such key"),
+    ],
+)
+def test_a_wrong_base_is_named(path: Path, text: str, words: str) -> None:
+    """A base that is not there, a circle, keys that are none: one clear error each."""
+    top = path.with_name("top.yaml")
+    top.write_text(text)
+    with pytest.raises(ValueError, match=words):
+        load_config(top)
