@@ -30,7 +30,7 @@ def batches(stage: Any, folder: Path, workers: int) -> list[Any]:
 
 def test_sample_ids_have_one_global_order(config: TrainConfig, tmp_path: Path) -> None:
     """R10: 0, 1 and 3 loader workers and 1, 2 and 4 processes read the same samples in the same order."""
-    stage = build_stage(config, "sft", None, 5)
+    stage = build_stage(config, "sft", None)
     order = [batch.sample_ids for batch in batches(stage, tmp_path, 0)]
     assert [len(ids) for ids in order] == [16] * 3
     assert len({name for ids in order for name in ids}) == 48
@@ -44,7 +44,7 @@ def test_sample_ids_have_one_global_order(config: TrainConfig, tmp_path: Path) -
 
 def test_pictures_have_one_global_order(config: TrainConfig) -> None:
     """R10 for the tower: two processes together see the pictures and captions of one."""
-    stage = build_stage(config, "align", None, 5)
+    stage = build_stage(config, "align", None)
     whole = stage.make_batch(2, 0, 1)
     halves = [stage.make_batch(2, rank, 2) for rank in range(2)]
     for name in ("pixels", "text_ids", "captions"):
@@ -53,7 +53,7 @@ def test_pictures_have_one_global_order(config: TrainConfig) -> None:
 
 def test_a_batch_that_does_not_divide_is_an_error(config: TrainConfig) -> None:
     """Three processes cannot share 16 samples evenly: said at once, with the remedy."""
-    stage = build_stage(config, "align", None, 5)
+    stage = build_stage(config, "align", None)
     with pytest.raises(ValueError, match="batch_size 16 does not divide by 3 processes"):
         stage.make_batch(0, 0, 3)
 
@@ -68,4 +68,4 @@ def test_a_missing_start_is_an_error(config: TrainConfig) -> None:
     """`init_from` must exist."""
     config.stages["align"].init_from = "/nowhere/at/all"
     with pytest.raises(ValueError, match="there is no folder /nowhere/at/all"):
-        build_stage(config, "align", None, 5)
+        build_stage(config, "align", None)

@@ -67,7 +67,7 @@ class StageConfig(_Strict):
     )
     freeze: list[str] = Field(default_factory=list, description="regular expressions of parameters kept as they are")
     init_from: str | None = Field(
-        None, description="folder of a finished stage; the previous stage of this run if absent"
+        None, description="folder of a finished stage or model, or `shipped`; the stage before this one if absent"
     )
     scale: ScaleConfig | None = Field(None, description="in place of the run's `scale`")
 
@@ -145,6 +145,10 @@ class LanguageStageConfig(StageConfig):
     visual_weight: float = Field(1.0, ge=0)
     visual_share: float = Field(1.0, gt=0, le=1, description="share of visual positions whose codes are in the loss")
     fused_loss: bool | None = Field(None, description="logits in pieces, never whole in memory; where large if absent")
+    init_language_model: str | None = Field(
+        None, description="folder or hub id of a causal language model to start from, beside a tower in init_from"
+    )
+    codes: str | None = Field(None, description="folder made by `vilau data codes`: no pixel is read")
     lora: LoraConfig | None = Field(None, description="train adapters only; the whole model if absent")
 
 
@@ -166,6 +170,7 @@ class DataConfig(_Strict):
         default_factory=list, description="data as it lies; `docs/data.md` has the formats"
     )
     tokenizer: str | None = Field(None, description="folder or hub id of a tokenizer; the nano world's if absent")
+    template: str = Field("vilau", description="chat template where no model brings one: vilau, vicuna_v1")
     augment: AugmentConfig = Field(default_factory=AugmentConfig, description="of the tower's pictures from sources")
     max_skipped_share: float = Field(0.05, ge=0, le=1, description="the run stops above this share of bad samples")
     max_pixels: int = Field(MAX_PIXELS, ge=1, description="larger pictures are bad samples of kind too_large")

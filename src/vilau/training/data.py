@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import AutoTokenizer
 
-from vilau.configuration import VilaUConfig
 from vilau.data.feed import PairFeed, SampleFeed
 from vilau.data.mixture import Entry, Mixture
 from vilau.data.nano.dataset import ImageTextDataset, NanoDataset
 from vilau.data.nano.world import ASSETS, World
 from vilau.data.sources.source import ReadOptions, SourceConfig
 from vilau.processing.templates import OURS
-from vilau.training.config import LanguageStageConfig, StageName, TrainConfig
+from vilau.training.config import STAGE_ORDER, LanguageStageConfig, StageName, TrainConfig
+
+
+def stage_seed(config: TrainConfig, name: StageName) -> int:
+    """Return the seed of everything random in a stage: that of the run, and which of the run's stages it is."""
+    return config.seed * 100 + [stage for stage in STAGE_ORDER if stage in config.stages].index(name)
 
 
 def load_world(config: TrainConfig) -> World:
@@ -66,31 +70,50 @@ def build_pairs(config: TrainConfig, name: StageName, size: int, seed: int) -> I
     return feed
 
 
-def build_samples(config: TrainConfig, name: StageName, model: VilaUConfig, seed: int) -> NanoDataset | SampleFeed:
-    """Return samples for a language stage, at the model's size.
+def build_nano_samples(config: TrainConfig, name: StageName, size: int, num_frames: int) -> NanoDataset:
+    """Return the nano world's samples for a language stage, at `size` pixels."""
+    settings = config.stages[name]
+    assert isinstance(settings, LanguageStageConfig)
+    count = settings.steps * settings.batch_size
+    seed = stage_seed(config, name)
+    return NanoDataset(load_world(config), settings.mixture, "train", seed, size, num_frames, settings.jitter, count)
+
+
+def build_samples(
+    config: TrainConfig,
+    name: StageName,
+    size: int,
+    num_frames: int,
+    swap: Callable[[list[Entry]], list[Entry]] = lambda entries: entries,
+) -> SampleFeed:
+    """Return samples of one's own sources for a language stage, at `size` pixels.
+
+    swap: may put other sources of the same names and lengths in their place.
 
     Raises:
         ValueError: a source that is not there or cannot be read at all; too few samples.
     """
-    settings = config.stages[name]
-    assert isinstance(settings, LanguageStageConfig)
-    size, frames = model.vision_config.image_size, model.num_frames
-    if config.data.sources:
-        feed = SampleFeed(build_mixture(config, name, seed, frames), size)
-        feed.probe()
-        return feed
-    count = settings.steps * settings.batch_size
-    return NanoDataset(load_world(config), settings.mixture, "train", seed, size, frames, settings.jitter, count)
+    feed = SampleFeed(build_mixture(config, name, stage_seed(config, name), num_frames, swap), size)
+    feed.probe()
+    return feed
 
 
-def build_mixture(config: TrainConfig, name: StageName, seed: int, num_frames: int = 8) -> Mixture:
+def build_mixture(
+    config: TrainConfig,
+    name: StageName,
+    seed: int,
+    num_frames: int = 8,
+    swap: Callable[[list[Entry]], list[Entry]] = lambda entries: entries,
+) -> Mixture:
     """Return the mixture of a stage: the sources that its `mixture` names, or all of them by their own weights.
+
+    swap: may put other sources of the same names and lengths in their place.
 
     Raises:
         ValueError: a name that no source has, a weight that is not above 0, or fewer samples than the stage reads.
     """
     settings = config.stages[name]
-    mixture = Mixture(open_sources(config, num_frames, settings.mixture, f"stages.{name}.mixture"), seed)
+    mixture = Mixture(swap(open_sources(config, num_frames, settings.mixture, f"stages.{name}.mixture")), seed)
     wanted = settings.steps * settings.batch_size
     if mixture.total is not None and mixture.total < wanted:
         raise ValueError(

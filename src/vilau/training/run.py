@@ -10,17 +10,15 @@ from pathlib import Path
 
 import torch
 
-from vilau.configuration import VilaUConfig
-from vilau.modeling.vila_u import VilaUModel
-from vilau.modeling.vision_tower import VisionTower
-from vilau.processing.processor import build_processor
 from vilau.training import parallel
 from vilau.training.config import STAGE_ORDER, LanguageStageConfig, StageName, TowerStageConfig, TrainConfig
-from vilau.training.data import build_pairs, build_samples, load_tokenizer
+from vilau.training.data import build_pairs, load_tokenizer, stage_seed
 from vilau.training.data import load_world as load_world
 from vilau.training.engine import Engine, EngineOptions, SampleHook, ValidationHook, is_finished
 from vilau.training.language import LanguageStage
+from vilau.training.language_init import starting_folder, starting_model
 from vilau.training.model_config import build_config
+from vilau.training.precompute import build_stage_samples
 from vilau.training.stage import Stage
 from vilau.training.stopping import StopSignal, check_marker
 from vilau.training.tower_init import starting_tower
@@ -60,14 +58,14 @@ def run(config: TrainConfig, hooks: Hooks = Hooks(), show_progress: bool = True)
     with StopSignal() as stop:
         parallel.start()
         try:
-            for number, name in enumerate(names):
+            for name in names:
                 if is_finished(output / name):
                     logger.info("%s is finished already", name)
                     result = output / name / "final"
                     continue
                 torch.manual_seed(config.seed)
-                seed = config.seed * 100 + number
-                stage = build_stage(config, name, result, seed)
+                seed = stage_seed(config, name)
+                stage = build_stage(config, name, result)
                 options = EngineOptions(
                     output / name,
                     seed,
@@ -92,20 +90,20 @@ def run(config: TrainConfig, hooks: Hooks = Hooks(), show_progress: bool = True)
     return result
 
 
-def build_stage(config: TrainConfig, name: StageName, previous: Path | None, seed: int) -> Stage:
+def build_stage(config: TrainConfig, name: StageName, previous: Path | None) -> Stage:
     """Return a stage ready to train, its weights from `init_from`, else from the previous stage, else fresh."""
     settings = config.stages[name]
-    source_folder = Path(settings.init_from) if settings.init_from else previous
-    if source_folder is not None and not source_folder.is_dir():
-        raise ValueError(f"stages.{name}.init_from: there is no folder {source_folder}")
+    try:
+        source_folder = starting_folder(settings.init_from) if settings.init_from else previous
+    except ValueError as error:
+        raise ValueError(f"stages.{name}.init_from: {error}") from error
     if isinstance(settings, TowerStageConfig):
-        return _tower_stage(config, name, settings, source_folder, seed)
-    return _language_stage(config, name, settings, source_folder, seed)
+        return _tower_stage(config, name, settings, source_folder)
+    return _language_stage(config, name, settings, source_folder)
 
 
-def _tower_stage(
-    config: TrainConfig, name: StageName, settings: TowerStageConfig, folder: Path | None, seed: int
-) -> TowerStage:
+def _tower_stage(config: TrainConfig, name: StageName, settings: TowerStageConfig, folder: Path | None) -> TowerStage:
+    seed = stage_seed(config, name)
     start = starting_tower(config, settings, folder, load_tokenizer(config))
     tower = start.tower
     if settings.perceptual == "siglip" and not start.sees:
@@ -121,31 +119,11 @@ def _tower_stage(
 
 
 def _language_stage(
-    config: TrainConfig, name: StageName, settings: LanguageStageConfig, folder: Path | None, seed: int
+    config: TrainConfig, name: StageName, settings: LanguageStageConfig, folder: Path | None
 ) -> LanguageStage:
-    tokenizer = load_tokenizer(config)
-    model_config = build_config(config, tokenizer)
-    model = load_language_stage(model_config, folder)
-    samples = build_samples(config, name, model_config, seed)
-    return LanguageStage(name, settings, model, samples, build_processor(tokenizer, model.config), seed)
-
-
-def load_language_stage(model_config: VilaUConfig, folder: Path | None) -> VilaUModel:
-    """Return the joined model: from a finished language stage, or fresh around a finished (or fresh) tower."""
-    if folder is not None and _holds_joined_model(folder):
-        return VilaUModel.from_pretrained(folder)
-    model = VilaUModel(model_config)
-    if folder is not None:
-        tower = VisionTower.from_pretrained(folder)
-        tower.text_encoder = None
-        model.vision_tower.load_state_dict(tower.state_dict())
-    return model
-
-
-def _holds_joined_model(folder: Path) -> bool:
-    from transformers import PreTrainedConfig
-
-    return PreTrainedConfig.get_config_dict(os.fspath(folder))[0].get("model_type") == VilaUConfig.model_type
+    start = starting_model(config, settings, folder)
+    samples = build_stage_samples(config, name, start.model)
+    return LanguageStage(name, settings, start.model, samples, start.processor, stage_seed(config, name))
 
 
 def _bind(on_step: Callable[[str, int], None] | None, name: str) -> Callable[[int], None] | None:

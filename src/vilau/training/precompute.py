@@ -1,0 +1,220 @@
+"""Codes computed once: run the frozen vision tower over everything that a language stage will read (section 3.2)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vilau.configuration import VilaUConfig
+from vilau.data.coded_source import CodedSource, SquareReader
+from vilau.data.codes import CodeStore, Encode, Read, StoreInfo, create_store, missing_shards, verify, write_shard
+from vilau.data.feed import SampleFeed
+from vilau.data.mixture import Entry
+from vilau.data.nano.dataset import NanoDataset
+from vilau.data.sample import Sample
+from vilau.modeling.vila_u import VilaUModel
+from vilau.modeling.vision_tower import VisionTower
+from vilau.shipped import MODEL_TYPE, model_type
+from vilau.training.config import STAGE_ORDER, LanguageStageConfig, StageName, TrainConfig
+from vilau.training.data import build_nano_samples, build_samples, open_sources, stage_seed
+from vilau.training.language_init import starting_folder
+from vilau.training.vision_tower import to_pixel_values
+
+_NOT_CONTENT = {"weight", "epochs", "forms", "name"}  # of a source's configuration
+
+
+@dataclass(frozen=True)
+class CodePlan:
+    """One store to make: its `folder`, what it holds, and how its samples are read."""
+
+    folder: Path
+    info: StoreInfo
+    read: Read
+
+
+def tower_digest(tower: VisionTower) -> str:
+    """Return the SHA-256 of what decides about codes: image encoder and quantizer, whatever dtype they are held in."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tower.state_dict().items()):
+        if not name.startswith(("pixel_decoder.", "text_encoder.", "logit_")):
+            digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def encoder_of(tower: VisionTower) -> Encode:
+    """Return the function that turns frames ``(F, S, S, 3)`` uint8 into codes ``(F, P, D)``."""
+
+    def encode(frames: np.ndarray) -> np.ndarray:
+        return tower.encode(to_pixel_values(torch.from_numpy(frames).to(tower.device))).cpu().numpy()
+
+    return encode
+
+
+def find_tower(config: TrainConfig, name: StageName) -> Path:
+    """Return the folder with the vision tower of a language stage: its `init_from`, or the stage before it.
+
+    Raises:
+        ValueError: there is none yet.
+    """
+    settings = config.stages[name]
+    if settings.init_from is not None:
+        return starting_folder(settings.init_from)
+    before = [stage for stage in STAGE_ORDER if stage in config.stages]
+    place = before.index(name)
+    folder = Path(config.output) / before[place - 1] / "final" if place else None
+    if folder is None or not folder.is_dir():
+        raise ValueError(
+            f"stage {name} has no vision tower yet: train {folder or 'one'} first, or name one with --tower or "
+            f"stages.{name}.init_from"
+        )
+    return folder
+
+
+def frames_of(config: TrainConfig, folder: Path) -> int:
+    """Return the frames per film of the model that a stage starts from."""
+    if model_type(folder) == MODEL_TYPE:
+        return int(VilaUConfig.from_pretrained(folder).num_frames)
+    return int(config.model.get("num_frames", VilaUConfig().num_frames))
+
+
+def plan_codes(config: TrainConfig, name: StageName, tower: VisionTower, num_frames: int, out: Path) -> list[CodePlan]:
+    """Return the stores that stage `name` needs, one per source, or one for what it reads of the nano world.
+
+    Raises:
+        ValueError: the stage reads no samples, or a source cannot be opened.
+    """
+    settings = config.stages[name]
+    if not isinstance(settings, LanguageStageConfig):
+        raise ValueError(f"stage {name} trains the tower itself; codes are for pretrain and sft")
+    vision = tower.config
+    size = int(vision.image_size)
+
+    def info(data: Any, samples: int, variants: int) -> StoreInfo:
+        facts = json.dumps([size, num_frames, data], sort_keys=True, default=str)
+        data_digest = hashlib.sha256(facts.encode()).hexdigest()
+        shape = (int(vision.num_positions), int(vision.depth), int(vision.codebook_size))
+        return StoreInfo(data_digest, tower_digest(tower), *shape, samples, variants)
+
+    if not config.data.sources:
+        dataset = build_nano_samples(config, name, size, num_frames)
+        world = [config.data.world, config.data.objects, config.data.styles]
+        facts = [world, dict(settings.mixture), settings.jitter, stage_seed(config, name)]
+        return [CodePlan(out / "nano", info(facts, len(dataset), 1), _squares_of(dataset.__getitem__))]
+    described = {source.label: source.model_dump(mode="json", exclude=_NOT_CONTENT) for source in config.data.sources}
+    plans = []
+    for entry in open_sources(config, num_frames, settings.mixture, f"stages.{name}.mixture"):
+        source, both = entry.source, entry.forms is not None
+        held = info(described[source.name], len(source), 1 + both)
+        plans.append(CodePlan(_folder(out, source.name), held, SquareReader(source, size, both)))
+    return plans
+
+
+def build_stage_samples(
+    config: TrainConfig, name: StageName, model: VilaUModel
+) -> NanoDataset | SampleFeed | CodeStore:
+    """Return what a language stage reads: samples with pixels or, where `codes` is set, with codes for them.
+
+    Raises:
+        ValueError: a source or its codes cannot be read, or were made by another tower.
+    """
+    settings, tower = config.stages[name], model.vision_tower
+    assert isinstance(settings, LanguageStageConfig)
+    size, num_frames = int(tower.config.image_size), int(model.config.num_frames)
+    folder = None if settings.codes is None else Path(settings.codes)
+    if not config.data.sources:
+        if folder is None:
+            return build_nano_samples(config, name, size, num_frames)
+        return coded_nano(plan_codes(config, name, tower, num_frames, folder)[0])
+    if folder is None:
+        return build_samples(config, name, size, num_frames)
+    return build_samples(config, name, size, num_frames, lambda entries: coded_entries(entries, folder, tower))
+
+
+def make_codes(
+    plan: CodePlan, encode: Encode, part: int, parts: int, on_sample: Callable[[], object] = lambda: None
+) -> int:
+    """Write the missing shards of one store, every `parts`-th of them; return how many were written."""
+    create_store(plan.folder, plan.info)
+    mine = missing_shards(plan.folder, plan.info)[part::parts]
+    for shard in mine:
+        write_shard(plan.folder, plan.info, shard, plan.read, encode, on_sample)
+    return len(mine)
+
+
+def check_codes(plan: CodePlan, encode: Encode, share: float) -> int:
+    """Encode a share of a finished store's samples again, evenly spread; return how many frames agreed.
+
+    Raises:
+        ValueError: a sample is not what the store holds.
+    """
+    count = max(1, round(share * plan.info.samples))
+    step = max(1, plan.info.samples // count)
+    return verify(CodeStore(plan.folder), plan.read, encode, range(0, plan.info.samples, step))
+
+
+def coded_entries(entries: list[Entry], folder: Path, tower: VisionTower) -> list[Entry]:
+    """Return the parts of a mixture with their codes from `folder` for pixels.
+
+    Raises:
+        ValueError: codes are missing, were made by another tower, or hold pictures in one way where two are needed.
+    """
+    digest = tower_digest(tower)
+    coded = []
+    for entry in entries:
+        source = CodedSource(entry.source, _folder(folder, entry.source.name))
+        _check_tower(source.store, digest)
+        if entry.forms is not None and source.store.info.variants == 1:
+            raise ValueError(
+                f"{source.store.folder} was made without `forms` for source {source.name!r}, so its pictures are there "
+                "in one way only; make the codes anew"
+            )
+        coded.append(Entry(source, entry.weight, entry.epochs, entry.forms))
+    return coded
+
+
+def coded_nano(plan: CodePlan) -> CodeStore:
+    """Return the nano samples of a stage with codes for pixels; `plan` is what `plan_codes` gives for the stage.
+
+    Raises:
+        ValueError: codes are missing, too few, of other samples, or were made by another tower.
+    """
+    store = CodeStore(plan.folder)
+    _check_tower(store, plan.info.tower)
+    if store.info.data != plan.info.data:
+        raise ValueError(
+            f"{plan.folder} holds other samples than this stage reads (another world, mixture, jitter, image size or "
+            "seed); run `vilau data codes` into a new folder"
+        )
+    if len(store) < plan.info.samples:
+        raise ValueError(
+            f"{plan.folder} holds {len(store)} samples, the stage reads {plan.info.samples}; make the codes anew"
+        )
+    return store
+
+
+def _check_tower(store: CodeStore, digest: str) -> None:
+    if store.info.tower != digest:
+        raise ValueError(
+            f"{store.folder} was made by another vision tower than this stage's; run `vilau data codes` into a new "
+            "folder, or start from the model that made them"
+        )
+
+
+def _squares_of(get: Callable[[int], Sample]) -> Read:
+    def read(number: int) -> tuple[Sample, tuple[np.ndarray, ...]]:
+        sample = get(number)
+        return sample, sample.frames
+
+    return read
+
+
+def _folder(out: Path, name: str) -> Path:
+    return out / re.sub(r"[^\w.-]+", "_", name)

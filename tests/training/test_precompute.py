@@ -1,0 +1,86 @@
+"""Training from stored codes is training from pixels: same samples, same losses, same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vilau.model import VilaUForConditionalGeneration
+from vilau.training.config import TrainConfig, load_config
+from vilau.training.precompute import CodePlan, check_codes, encoder_of, find_tower, frames_of, make_codes, plan_codes
+from vilau.training.run import build_stage, run
+
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "nano" / "debug.yaml"
+
+
+def load(tmp_path: Path, *overrides: str) -> TrainConfig:
+    """Stage `sft` of the debug configuration from the shipped model, three steps."""
+    config = load_config(CONFIG, [f"output={tmp_path / 'run'}", "stages.sft.init_from=shipped", *overrides])
+    return config.model_copy(update={"stages": {"sft": config.stages["sft"].model_copy(update={"steps": 3})}})
+
+
+def write_codes(config: TrainConfig, out: Path) -> list[CodePlan]:
+    """What `vilau data codes` does, its shards shared by two."""
+    folder = find_tower(config, "sft")
+    tower = VilaUForConditionalGeneration.from_pretrained(folder).vision_tower.eval()
+    plans = plan_codes(config, "sft", tower, frames_of(config, folder), out)
+    for plan in plans:
+        for part in (1, 0):
+            make_codes(plan, encoder_of(tower), part, 2)
+        assert check_codes(plan, encoder_of(tower), 0.2) > 0
+    return plans
+
+
+def with_codes(config: TrainConfig, out: Path) -> TrainConfig:
+    """The same configuration with `stages.sft.codes`."""
+    return config.model_copy(update={"stages": {"sft": config.stages["sft"].model_copy(update={"codes": str(out)})}})
+
+
+def final_weights(config: TrainConfig) -> dict[str, Any]:
+    """Train and return the weights."""
+    model = VilaUForConditionalGeneration.from_pretrained(run(config, show_progress=False))
+    return model.state_dict()
+
+
+def test_nano_stage_from_codes_equals_from_pixels(tmp_path: Path) -> None:
+    """A stage of the nano world trained from its stored samples ends in the same weights, bit for bit."""
+    config = load(tmp_path)
+    write_codes(config, tmp_path / "codes")
+    pixels = final_weights(config)
+    coded = with_codes(config.model_copy(update={"output": str(tmp_path / "coded")}), tmp_path / "codes")
+    assert build_stage(coded, "sft", None).make_batch(0, 0, 1).frames.shape[0] == 0
+    codes = final_weights(coded)
+    assert all(np.array_equal(pixels[name], codes[name]) for name in pixels)
+    other = coded.model_copy(update={"seed": 9})
+    with pytest.raises(ValueError, match="holds other samples than this stage reads"):
+        build_stage(other, "sft", None)
+
+
+def test_sources_from_codes_equal_from_pixels(tmp_path: Path) -> None:
+    """The same for a folder of pictures used both ways round, over several epochs; another tower is refused."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(1)
+    for number in range(20):
+        Image.fromarray(rng.integers(0, 256, (40, 56, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"a picture of {number}")
+    forms = "{image_text: 1, text_image: 1}"
+    source = f"data.sources=[{{format: folder, path: {folder}, forms: {forms}}}]"
+    config = load(tmp_path, source, "stages.sft.mixture={pictures: 1}")
+    write_codes(config, tmp_path / "codes")
+    coded = with_codes(config, tmp_path / "codes")
+    stages = [build_stage(one, "sft", None) for one in (config, coded)]
+    for step in range(3):
+        losses = []
+        for stage in stages:
+            stage.module.eval()
+            losses.append(stage.compute(stage.make_batch(step, 0, 1), step).loss.detach())
+        assert losses[0] == losses[1]
+    fresh = load_config(CONFIG, [source, "stages.pretrain.mixture={pictures: 1}"])
+    settings = fresh.stages["pretrain"].model_copy(update={"codes": str(tmp_path / "codes")})
+    with pytest.raises(ValueError, match="made by another vision tower"):
+        build_stage(fresh.model_copy(update={"stages": {"pretrain": settings}}), "pretrain", None)
