@@ -159,7 +159,7 @@ def test_a_file_changes_its_base(tmp_path: Path) -> None:
         ("base: top.yaml", "is its own base"),
         ("base: [a, b]", "base must be the path of one file"),
         ("base: base.yaml\nsed: 3", "unknown key 'sed'; did you mean 'seed'"),
-        ("base: base.yaml\nstages: {pretrain: null}", "null takes 'stages.pretrain' away, but its base has no such key"),
+        ("base: base.yaml\nstages: {pretrain: null}", "null takes .stages.pretrain. away"),
     ],
 )
 def test_a_wrong_base_is_named(path: Path, text: str, words: str) -> None:
