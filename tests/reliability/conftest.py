@@ -86,7 +86,11 @@ class Runner:
     def metrics(self, stage: str) -> list[dict[str, Any]]:
         """The figures of each step of a stage, without the ones that are times."""
         lines = (self.run / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [{k: v for k, v in json.loads(line).items() if k != "samples_per_second"} for line in lines]
+        return [{k: v for k, v in json.loads(line).items() if not _is_time(k)} for line in lines]
+
+
+def _is_time(name: str) -> bool:
+    return name.endswith("_per_second") or name == "mfu"
 
 
 @pytest.fixture(scope="session")

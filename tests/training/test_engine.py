@@ -210,7 +210,7 @@ def test_loader_workers_do_not_change_the_order(engine: Callable[..., Any], work
         for number in (0, workers):
             one = engine(workers=number)
             one.step = start
-            orders.append([batch.tolist() for batch in one._batches()])
+            orders.append([batch.tolist() for (batch,), _ in one._batches()])
         assert orders[0] == orders[1]
         assert orders[0] == [list(range(4 * step, 4 * step + 4)) for step in range(start, 8)]
 

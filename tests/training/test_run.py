@@ -25,7 +25,7 @@ def config(tmp_path: Path) -> TrainConfig:
 def batches(stage: Any, folder: Path, workers: int) -> list[Any]:
     """All batches that an engine would train on."""
     options = EngineOptions(folder, 1, 1, 1, 1, 2, workers, show_progress=False)
-    return list(Engine(stage, options)._batches())
+    return [batch for (batch,), _ in Engine(stage, options)._batches()]
 
 
 def test_sample_ids_have_one_global_order(config: TrainConfig, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -24,17 +25,24 @@ _PREFIX = "step-"
 
 
 def state_digest(module: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> str:
-    """Return the SHA-256 of all weights, buffers and optimizer states: equal digests mean equal training states."""
+    """Return the SHA-256 of all weights, buffers and optimizer states: equal digests mean equal training states.
+
+    Sharded ones are gathered one by one, for which every process must call this.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(_bytes(tensor))
     for optimizer in optimizers:
         for _, state in sorted(optimizer.state_dict()["state"].items()):
             for key in sorted(state):
-                value = torch.as_tensor(state[key]).detach().cpu().contiguous().flatten()
-                digest.update(value.view(torch.uint8).numpy().tobytes())
+                digest.update(_bytes(torch.as_tensor(state[key])))
     return digest.hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def save_checkpoint(
@@ -52,12 +60,9 @@ def save_checkpoint(
     Raises:
         OSError: it cannot be written, for instance because the disk is full; what was there before is untouched.
     """
-    final = folder / f"{_PREFIX}{step:07d}"
-    beside = folder / f".{final.name}.partial"
+    beside, final = checkpoint_paths(folder, step)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
+        begin(beside)
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in module.state_dict().items()}
         save_file(tensors, beside / "module.safetensors")
         torch.save([optimizer.state_dict() for optimizer in optimizers], beside / "optimizers.pt")
@@ -66,37 +71,80 @@ def save_checkpoint(
         publish(beside, final)
     except (OSError, SafetensorError, RuntimeError) as error:  # the libraries report a full disk in ways of their own
         shutil.rmtree(beside, ignore_errors=True)
-        raise OSError(f"cannot write the checkpoint {final}: {_first_line(error)}") from error
+        raise OSError(f"cannot write the checkpoint {final}: {first_line(error)}") from error
+    remove_others(final, keep)
+    return final
+
+
+def checkpoint_paths(folder: Path, step: int) -> tuple[Path, Path]:
+    """Return the folder in which the checkpoint of a step is written and the one in which it becomes visible."""
+    final = folder / f"{_PREFIX}{step:07d}"
+    return folder / f".{final.name}.partial", final
+
+
+def begin(beside: Path) -> None:
+    """Make an empty folder to write in."""
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+
+
+def remove_others(final: Path, keep: int) -> None:
+    """Remove all checkpoints but the `keep` newest up to `final`, and what killed processes left."""
+    folder = final.parent
     kept = [path for path in list_checkpoints(folder) if path <= final][-keep:]
     for path in set(list_checkpoints(folder)) - set(kept):
         gone = path.with_name(f".{path.name}.old")
         shutil.rmtree(gone, ignore_errors=True)
         path.rename(gone)  # at once, so that no half of it is ever in sight
-    for path in folder.glob(f".{_PREFIX}*"):  # also what killed processes left
+    for path in folder.glob(f".{_PREFIX}*"):
         shutil.rmtree(path, ignore_errors=True)
-    return final
 
 
 def load_checkpoint(path: Path, module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
     """Load a verified checkpoint into `module` and `optimizers`; return what ``state.json`` says.
+
+    Weights and states are sharded as the module's are. Learning rates and other settings of the optimizers stay those
+    they were built with.
 
     Raises:
         ValueError: it belongs to another model or other optimizers, or its optimizer file holds more than tensors
             and plain values (nothing of it is executed).
     """
     try:
-        module.load_state_dict(load_file(path / "module.safetensors"))
+        here = module.state_dict()
+        stored = load_file(path / "module.safetensors")
+        module.load_state_dict({name: _placed_like(t, here[name]) if name in here else t for name, t in stored.items()})
         states = torch.load(path / "optimizers.pt", map_location="cpu", weights_only=True)
         for optimizer, state in zip(optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
+            _load_optimizer(optimizer, state)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path / 'optimizers.pt'} is refused: it holds more than tensors and plain values") from error
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"the checkpoint {path} does not fit this configuration's model and optimizers ({_first_line(error)}); "
+            f"the checkpoint {path} does not fit this configuration's model and optimizers ({first_line(error)}); "
             "train with the configuration it was made with, or choose another output folder"
         ) from error
     return json.loads((path / "state.json").read_text())
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    placed = {
+        number: {key: _placed_like(value, parameters[number]) for key, value in values.items()}
+        for number, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": placed})
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+
+
+def _placed_like(value: Any, pattern: torch.Tensor) -> Any:
+    """Shard a whole tensor as `pattern` is, if it is sharded and has this shape; without messages."""
+    if not isinstance(pattern, DTensor) or not isinstance(value, torch.Tensor) or value.shape != pattern.shape:
+        return value
+    return distribute_tensor(value.to(pattern.device), pattern.device_mesh, pattern.placements, src_data_rank=None)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -118,12 +166,12 @@ def newest_intact(folder: Path) -> Path | None:
     return None
 
 
-def seal(folder: Path) -> None:
-    """Write the manifest: size and SHA-256 of every file of `folder`."""
+def seal(folder: Path, known: Mapping[str, str] | None = None) -> None:
+    """Write the manifest: size and SHA-256 of every file of `folder`; digests in `known` are not computed again."""
+    files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != _MANIFEST}
     entries = {
-        str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": file_digest(p)}
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.name != _MANIFEST
+        name: {"bytes": p.stat().st_size, "sha256": (known or {}).get(name) or file_digest(p)}
+        for name, p in files.items()
     }
     (folder / _MANIFEST).write_text(json.dumps(entries, indent=1, sort_keys=True))
 
@@ -157,7 +205,8 @@ def _find_wrong_step(path: Path) -> str | None:
     return None if path.name == f"{_PREFIX}{step:07d}" else f"it holds step {step}"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return what an error says in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2]) or type(error).__name__
 

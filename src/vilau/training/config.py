@@ -199,7 +199,7 @@ class TrainConfig(_Strict):
     skip_spikes: float = Field(
         0.0, ge=0, description="leave out updates whose gradient norm is above so many times the recent median; 0: none"
     )
-    loggers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=lambda: ["tensorboard"])
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     log_every: int = Field(10, ge=1)
     save_every: int = Field(200, ge=1, description="steps between checkpoints")
     sample_every: int = Field(500, ge=1, description="steps between sample pictures")

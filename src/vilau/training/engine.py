@@ -7,15 +7,19 @@ import logging
 import math
 import shutil
 import signal
-import time
+import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
+from vilau.data.mixture import SkipCounts, describe_skips, share_skipped
 from vilau.training import parallel
 from vilau.training.checkpoint import (
     find_fault,
@@ -26,11 +30,19 @@ from vilau.training.checkpoint import (
     seal,
     state_digest,
 )
+from vilau.training.config import ScaleConfig
+from vilau.training.flops import peak_flops
 from vilau.training.metrics import MetricLog
-from vilau.training.stage import Stage
+from vilau.training.sharded_checkpoint import is_sharded, load_sharded, save_sharded
+from vilau.training.spread import Spread
+from vilau.training.stage import ClipGroup, Stage, StepResult
 from vilau.training.stopping import StopRequested, StopSignal, mark_stopped
 
 logger = logging.getLogger(__name__)
+
+_NORMS_KEPT = 50  # recent gradient norms that a spike is measured against
+_NORMS_NEEDED = 10
+_READ_NEEDED = 100  # samples before their share of bad ones can stop a run
 
 SampleHook = Callable[[Stage, int, Path], None]
 ValidationHook = Callable[[Stage, int, Path], Mapping[str, float]]
@@ -56,19 +68,28 @@ class EngineOptions:
     show_progress: bool = True
     validate_every: int = 0
     validation_hook: ValidationHook | None = None
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
+    skip_spikes: float = 0.0
+    max_skipped_share: float = 1.0
+    loggers: tuple[str, ...] = ("tensorboard",)
 
 
 class _StepBatches(Dataset):
-    """Item n is this process's part of the batch of step n, so the order is the same for any number of workers."""
+    """Item n is this process's micro-batches of step n, so the order is the same for any number of workers.
 
-    def __init__(self, stage: Stage, rank: int, world_size: int) -> None:
-        self.stage, self.rank, self.world_size = stage, rank, world_size
+    With them come the counts of samples that were skipped while they were made.
+    """
+
+    def __init__(self, stage: Stage, rank: int, world_size: int, parts: int) -> None:
+        self.stage, self.rank, self.world_size, self.parts = stage, rank, world_size, parts
 
     def __len__(self) -> int:
         return self.stage.config.steps
 
-    def __getitem__(self, step: int) -> Any:
-        return self.stage.make_batch(step, self.rank, self.world_size)
+    def __getitem__(self, step: int) -> tuple[list[Any], SkipCounts]:
+        first, all_parts = self.rank * self.parts, self.world_size * self.parts
+        batches = [self.stage.make_batch(step, first + part, all_parts) for part in range(self.parts)]
+        return batches, self.stage.take_skips()
 
 
 @dataclass
@@ -87,6 +108,9 @@ class Engine:
     stopped: bool = field(init=False, default=False)
     optimizers: list[torch.optim.Optimizer] = field(init=False)
     step: int = field(init=False, default=0)
+    spread: Spread = field(init=False)
+    skipped: SkipCounts = field(init=False, default_factory=Counter)
+    norms: list[float] = field(init=False, default_factory=list)
 
     @property
     def result(self) -> Path:
@@ -99,17 +123,28 @@ class Engine:
         A stop that arrives with the last step does not keep the stage from being finished; `stopped` then tells of it.
 
         Raises:
-            TrainingError: a loss or gradient is not finite on any process (all stop before the update), or a
-                checkpoint cannot be written or does not fit.
+            TrainingError: a loss or gradient is not finite on any process (all stop before the update), too many
+                samples are bad, or a checkpoint cannot be written or does not fit.
+            ValueError: a switch of `scale` that this machine or stage cannot do.
             StopRequested: SIGTERM or SIGINT arrived; everything up to this step is in a checkpoint.
         """
         if is_finished(self.options.folder):
             return self.result
+        self._check_batch_size()
+        self.spread = Spread(self.stage, self.options.scale)
         self.optimizers = self.stage.build_optimizers()
         self._resume()
         self._loop()
-        self._on_first(self._finish)
+        self._finish()
         return self.result
+
+    def _check_batch_size(self) -> None:
+        size, parts, processes = self.stage.config.batch_size, self.options.scale.accumulate, parallel.world_size()
+        if size % (parts * processes):
+            raise ValueError(
+                f"stages.{self.stage.name}.batch_size {size} does not divide by {processes} processes times "
+                f"{parts} micro-batches (scale.accumulate); choose a multiple of {parts * processes}"
+            )
 
     def _facts(self) -> dict[str, Any]:
         config = self.stage.config
@@ -120,15 +155,23 @@ class Engine:
             "steps": config.steps,
         }
 
+    def _memory(self) -> dict[str, Any]:
+        """What a resumed run knows of the steps before, beside weights and optimizers."""
+        return {"norms": self.norms, "skipped": [[*key, count] for key, count in sorted(self.skipped.items())]}
+
     def _resume(self) -> None:
         path = newest_intact(self.options.folder / "checkpoints")
         if path is None:
             return
         try:
-            state = load_checkpoint(path, self.stage.state_module, self.optimizers)
+            load = load_sharded if is_sharded(path) else load_checkpoint
+            state = load(path, self.stage.state_module, self.optimizers)
         except ValueError as error:
             raise TrainingError(str(error)) from error
         self.step = int(state["step"])
+        self.norms = list(state.get("norms", []))
+        if parallel.rank() == 0:  # one process has the counts of all, so that adding up counts nothing twice
+            self.skipped = Counter({tuple(key): count for *key, count in state.get("skipped", [])})
         changed = {name: (state.get(name, new), new) for name, new in self._facts().items()}
         for name, (old, new) in changed.items():
             if old != new:
@@ -136,7 +179,7 @@ class Engine:
         logger.info("%s: resuming after step %d from %s", self.stage.name, self.step, path.name)
 
     def _batches(self) -> Iterator[Any]:
-        data = _StepBatches(self.stage, parallel.rank(), parallel.world_size())
+        data = _StepBatches(self.stage, parallel.rank(), parallel.world_size(), self.options.scale.accumulate)
         workers = self.options.workers
         loader = DataLoader(
             data,
@@ -150,25 +193,58 @@ class Engine:
 
     def _loop(self) -> None:
         total, options = self.stage.config.steps, self.options
-        log = MetricLog(options.folder, self.stage.name, total, self.step, options.show_progress)
+        log = MetricLog(
+            options.folder,
+            self.stage.name,
+            total,
+            self.step,
+            options.show_progress,
+            options.loggers,
+            peak_flops(self.spread.device, options.scale.precision == "bf16"),
+        )
         with log:
-            for batch in self._batches():
-                started = time.perf_counter()
-                sums = self._train_step(batch)
+            for batches, skips in self._batches():
+                self.skipped += skips
+                figures = self._train_step(batches)
                 self.step += 1
-                log.add(sums, self.stage.config.batch_size, time.perf_counter() - started)
+                log.add(figures, self._held(batches))
                 if options.on_step is not None:
                     options.on_step(self.step)
                 if self.step % options.log_every == 0 or self.step == total:
                     log.report(self.step, self.optimizers[0].param_groups[0]["lr"])
+                    self._count_skips()
                 self._validate(log, total)
                 self.stopped = parallel.any_rank(self.stop.number > 0)
                 if self.stopped or self.step % options.save_every == 0 or self.step == total:
-                    self._on_first(self._save)
+                    self._save()
                 if self.step % options.sample_every == 0 or self.step == total:
                     self._draw_samples()
                 if self.stopped and self.step < total:
                     raise self.stop_error()
+            log.summarise(describe_skips(self.skipped, self.step * self.stage.config.batch_size))
+
+    def _held(self, batches: list[Any]) -> dict[str, float]:
+        held = {"samples": self.stage.config.batch_size / parallel.world_size()}
+        for batch in batches:
+            for name, amount in self.stage.work(batch).items():
+                held[name] = held.get(name, 0.0) + amount
+        return held
+
+    def _count_skips(self) -> None:
+        """Bring the counts of all processes together on the first; too large a share of bad samples ends the run."""
+        parts = parallel.gather_objects(self.skipped)
+        everyone: SkipCounts = Counter()
+        for part in parts:
+            everyone.update(part)
+        self.skipped = everyone if parallel.rank() == 0 else Counter()
+        used, limit = self.step * self.stage.config.batch_size, self.options.max_skipped_share
+        share = share_skipped(everyone, used)
+        if share > limit and used >= _READ_NEEDED:
+            listed = "\n".join(describe_skips(everyone, used))
+            raise TrainingError(
+                f"{self.stage.name}: after step {self.step}, {share:.1%} of the samples read cannot be used, more than "
+                f"max_skipped_share allows ({limit:.1%}); `vilau data check` finds them beforehand\n{listed}"
+            )
 
     def stop_error(self) -> StopRequested:
         """Leave the marker and return the error that ends a run which was asked to stop."""
@@ -187,34 +263,51 @@ class Engine:
             except OSError as caught:
                 error = caught
         if parallel.any_rank(error is not None):
-            raise TrainingError(
-                f"{self.stage.name}: {error or 'the first process could not write'}; earlier checkpoints are as they "
-                "were, and the same command goes on from the newest"
-            ) from error
+            raise self._cannot_write(error) from error
 
-    def _train_step(self, batch: Any) -> dict[str, tuple[float, float]]:
+    def _cannot_write(self, error: OSError | None) -> TrainingError:
+        return TrainingError(
+            f"{self.stage.name}: {error or 'the first process could not write'}; earlier checkpoints are as they "
+            "were, and the same command goes on from the newest"
+        )
+
+    def _train_step(self, batches: list[Any]) -> dict[str, tuple[Any, Any]]:
         torch.manual_seed(step_seed(self.options.seed, self.step, parallel.rank()))
         self.stage.train_mode()
         self.stage.set_learning_rates(self.optimizers, self.step)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        result = self.stage.compute(batch, self.step)
-        loss = float(result.loss.detach())
+        results = self.spread.forward_backward(self.stage.prepare(batches), self.step)
+        loss = sum(float(result.loss) for result in results)
         where = parallel.ranks_where(not math.isfinite(loss))
         if where:
             raise self._not_finite("loss", f" on process {', '.join(map(str, where))}")
-        result.loss.backward()
         groups = self.stage.clip_groups(self.optimizers)
-        parallel.sum_gradients([p for group in groups for p in group.parameters])
-        norms = {g.name: float(torch.nn.utils.clip_grad_norm_(g.parameters, g.norm)) for g in groups}
+        norms = {group.name: clip(group) for group in groups}
         if parallel.any_rank(not all(map(math.isfinite, norms.values()))):
             raise self._not_finite("gradient", "")
-        for optimizer in self.optimizers:
-            optimizer.step()
-        self.stage.after_step(self.step)
-        sums = _reduce(result.sums)
-        sums.update({f"grad_norm/{name}" if name else "grad_norm": (norm, 1.0) for name, norm in norms.items()})
+        spike = self._is_spike(next(iter(norms.values())))
+        if not spike:
+            for optimizer in self.optimizers:
+                optimizer.step()
+            self.stage.after_step(self.step)
+        sums = add_up(results)
+        if parallel.rank() == 0:  # all have the same
+            sums.update({f"grad_norm/{name}" if name else "grad_norm": (norm, 1.0) for name, norm in norms.items()})
+            if self.options.skip_spikes:
+                sums["spikes_skipped"] = (float(spike), 1.0)
         return sums
+
+    def _is_spike(self, norm: float) -> bool:
+        """Return whether an update is to be left out: its norm is far above the median of recent ones."""
+        if not self.options.skip_spikes:
+            return False
+        known = self.norms[-_NORMS_KEPT:]
+        spike = len(known) >= _NORMS_NEEDED and norm > self.options.skip_spikes * statistics.median(known)
+        if spike:
+            logger.warning("%s: step %d is left out: gradient norm %.3g", self.stage.name, self.step + 1, norm)
+        self.norms = [*known, norm][-_NORMS_KEPT:]
+        return spike
 
     def _not_finite(self, what: str, where: str) -> TrainingError:
         return TrainingError(
@@ -223,43 +316,57 @@ class Engine:
         )
 
     def _save(self) -> None:
+        if self.skipped or parallel.world_size() > 1:
+            self._count_skips()
         folder, keep = self.options.folder / "checkpoints", self.options.keep_checkpoints
-        save_checkpoint(folder, self.step, self.stage.state_module, self.optimizers, self._facts(), keep)
+        facts = self._facts() | self._memory()
+        module = self.stage.state_module
+        if not self.spread.sharded:
+            self._on_first(lambda: save_checkpoint(folder, self.step, module, self.optimizers, facts, keep))
+            return
+        try:
+            save_sharded(folder, self.step, module, self.optimizers, facts, keep)
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    @contextmanager
+    def _for_evaluation(self) -> Iterator[bool]:
+        """Tell the first process, which alone evaluates and writes, that it is; it then has the weights for that."""
+        self.stage.module.eval()
+        with self.stage.evaluation_weights(), self.spread.whole_weights():
+            yield parallel.rank() == 0
+        parallel.barrier()
 
     def _validate(self, log: MetricLog, total: int) -> None:
         """Let the hook measure at its interval and at the end, before the checkpoint of the same step is written."""
         hook, every = self.options.validation_hook, self.options.validate_every
         if hook is None or not every or (self.step % every and self.step != total):
             return
-        started = time.perf_counter()
-        figures: Mapping[str, float] = {}
-        if parallel.rank() == 0:
-            self.stage.module.eval()
-            with torch.no_grad(), self.stage.evaluation_weights():
+        with self._for_evaluation() as first:
+            if first:
                 figures = hook(self.stage, self.step, self.options.folder)
-        parallel.barrier()
-        named = {f"validation/{name}": value for name, value in figures.items()}
-        log.record(self.step, named, time.perf_counter() - started)
+                log.record(self.step, {f"validation/{name}": value for name, value in figures.items()})
 
     def _draw_samples(self) -> None:
-        if self.options.sample_hook is not None and parallel.rank() == 0:
-            self.stage.module.eval()
-            with torch.no_grad(), self.stage.evaluation_weights():
+        if self.options.sample_hook is None:
+            return
+        with self._for_evaluation() as first, torch.no_grad():
+            if first:
                 self.options.sample_hook(self.stage, self.step, self.options.folder / "samples")
-        parallel.barrier()
 
     def _finish(self) -> None:
+        digest = ""
+        if self.spread.sharded or parallel.rank() == 0:
+            digest = state_digest(self.stage.state_module, self.optimizers)
+        with self._for_evaluation():
+            self._on_first(lambda: self._write_result(digest))
+
+    def _write_result(self, digest: str) -> None:
         beside = self.options.folder / ".final.partial"
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        self.stage.module.eval()
-        with self.stage.evaluation_weights():
-            self.stage.save_result(beside)
-        facts = {
-            "stage": self.stage.name,
-            "steps": self.step,
-            "digest": state_digest(self.stage.state_module, self.optimizers),
-        }
+        self.stage.save_result(beside)
+        facts = {"stage": self.stage.name, "steps": self.step, "digest": digest}
         (beside / "training.json").write_text(json.dumps(facts, indent=1))
         seal(beside)
         publish(beside, self.result)
@@ -293,12 +400,17 @@ def _quiet_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a signal to the whole group is the engine's to handle
 
 
-def _reduce(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[float, float]]:
-    """Add up the figures of all processes, in rank order; one may have figures that another has not."""
-    own = {name: tuple(float(torch.as_tensor(value).detach()) for value in pair) for name, pair in sums.items()}
-    merged: dict[str, tuple[float, float]] = {}
-    for part in parallel.gather_objects(own):
-        for name in sorted(part):
+def clip(group: ClipGroup) -> float:
+    """Scale the gradients of a group down to its norm if they are above it; return the norm they had."""
+    norm = torch.nn.utils.clip_grad_norm_(group.parameters, group.norm)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def add_up(results: list[StepResult]) -> dict[str, tuple[Any, Any]]:
+    """Add up the figures of a step's micro-batches; one may have figures that another has not."""
+    merged: dict[str, tuple[Any, Any]] = {}
+    for result in results:
+        for name, (total, count) in result.sums.items():
             before = merged.get(name, (0.0, 0.0))
-            merged[name] = (before[0] + part[name][0], before[1] + part[name][1])
+            merged[name] = (before[0] + total, before[1] + count)
     return merged

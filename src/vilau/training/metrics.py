@@ -1,41 +1,74 @@
-"""What a run tells while it trains: a progress bar with rate and time left, tensorboard, and a JSON line per report."""
+"""What a run tells while it trains: progress with rates and time left, a JSON line per report, tensorboard or wandb."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import Any, Protocol, TextIO
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
 from vilau.training import parallel
 
+_FLOPS = "flops"
+
+
+class _Writer(Protocol):
+    """Where figures of a step go."""
+
+    def write(self, figures: Mapping[str, float], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
 
 class MetricLog:
-    """Averages figures between reports; only the first process writes and draws."""
+    """Averages figures between reports; reports are made by all processes together, the first one writes and draws.
 
-    def __init__(self, folder: Path, stage: str, total: int, start: int, show_progress: bool) -> None:
+    Args:
+        folder: of the stage; gets ``metrics.jsonl`` and, if asked for, ``tensorboard``.
+        stage, total, start: name, steps, and the step from which this run goes on.
+        show_progress: on stderr: a bar on a terminal, a line per report elsewhere.
+        loggers: `tensorboard`, `wandb`.
+        peak: operations per second that one process's hardware can do, 0 if unknown.
+
+    Raises:
+        ValueError: wandb is asked for and not installed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        stage: str,
+        total: int,
+        start: int,
+        show_progress: bool,
+        loggers: Sequence[str] = ("tensorboard",),
+        peak: float = 0.0,
+    ) -> None:
         self.active = parallel.rank() == 0
-        self.stage, self.total, self.start = stage, total, start
+        self.stage, self.total, self.start, self.peak = stage, total, start, peak
         self.reported = start
-        self.sums: dict[str, tuple[float, float]] = {}
-        self.samples, self.seconds, self.since = 0, 0.0, time.perf_counter()
+        self.pending: list[Mapping[str, tuple[Any, Any]]] = []
+        self.work: dict[str, float] = {}
+        self.since = self.begun = time.perf_counter()
+        self.means: dict[str, float] = {}
         self.progress: Progress | None = None
         self.task: TaskID | None = None
-        self.folder = folder
+        self.folder, self.loggers = folder, loggers
+        self.writers: list[_Writer] = []
         self.console = Console(file=sys.stderr)
         self.show = show_progress and self.active
 
     def __enter__(self) -> MetricLog:
         if self.active:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.start)
+            self.writers = [_WRITERS[name](self.folder, self.stage, self.start) for name in self.loggers]
             self.lines = _reopen(self.folder / "metrics.jsonl", self.start)
         if self.show and self.console.is_terminal:
             self.progress = Progress(
@@ -56,51 +89,118 @@ class MetricLog:
         if self.progress is not None:
             self.progress.stop()
         if self.active:
-            self.writer.close()
+            for writer in self.writers:
+                writer.close()
             self.lines.close()
 
-    def add(self, sums: dict[str, tuple[float, float]], samples: int, seconds: float) -> None:
-        """Take in one step's figures."""
-        for name, (total, count) in sums.items():
-            before = self.sums.get(name, (0.0, 0.0))
-            self.sums[name] = (before[0] + total, before[1] + count)
-        self.samples += samples
-        self.seconds += seconds
+    def add(self, sums: Mapping[str, tuple[Any, Any]], work: Mapping[str, float]) -> None:
+        """Take in one step of this process: figures as (sum, count), and what it held (samples, images, flops)."""
+        self.pending.append(sums)
+        for name, amount in work.items():
+            self.work[name] = self.work.get(name, 0.0) + amount
         if self.progress is not None and self.task is not None:
             self.progress.advance(self.task)
 
     def report(self, step: int, lr: float) -> None:
-        """Write the averages since the last report and start anew."""
+        """Write the averages of all processes since the last report and start anew; every process must call this."""
+        sums, work = _over_ranks(self.pending, self.work)
         wall = time.perf_counter() - self.since
-        means = {name: total / count for name, (total, count) in self.sums.items() if count}
-        rate = self.samples / wall
+        self.means = {name: total / count for name, (total, count) in sums.items() if count}
+        rates = {f"{name}_per_second": amount / wall for name, amount in work.items() if name != _FLOPS}
+        if self.peak and work.get(_FLOPS):
+            rates["mfu"] = work[_FLOPS] / wall / (self.peak * parallel.world_size())
         if self.active:
-            for name, value in {**means, "lr": lr, "samples_per_second": rate}.items():
-                self.writer.add_scalar(f"{self.stage}/{name}", value, step)
-            record = {"stage": self.stage, "step": step, "lr": lr, "samples_per_second": rate, **means}
-            self.lines.write(json.dumps(record) + "\n")
-            self.lines.flush()
-        figures = f"{rate:.0f}/s " + " ".join(f"{n} {v:.3g}" for n, v in sorted(means.items()) if "/" not in n)
+            self.record(step, {"lr": lr, **rates, **self.means})
+        self._show(step, rates, wall)
+        self.reported, self.since = step, time.perf_counter()
+        self.pending, self.work = [], {}
+
+    def _show(self, step: int, rates: Mapping[str, float], wall: float) -> None:
+        shown = [f"{rate:.3g} {n.removesuffix('_per_second')}/s" for n, rate in rates.items() if n != "mfu"]
+        shown += [f"mfu {rates['mfu']:.0%}"] if "mfu" in rates else []
+        shown += [f"{n} {value:.3g}" for n, value in sorted(self.means.items()) if "/" not in n]
+        figures = " ".join(shown)
         if self.progress is not None and self.task is not None:
             self.progress.update(self.task, figures=figures)
         elif self.show:
             left = (self.total - step) * wall / max(1, step - self.reported)
             self.console.print(f"{self.stage} {step}/{self.total} {figures} left {left / 60:.0f} min", highlight=False)
-        self.reported = step
-        self.sums, self.samples, self.seconds, self.since = {}, 0, 0.0, time.perf_counter()
 
-    def record(self, step: int, figures: Mapping[str, float], seconds: float = 0.0) -> None:
-        """Write figures that are no averages over steps, such as those of a validation, under their own names.
-
-        `seconds` that it took to measure them are left out of the rate of the next report.
-        """
-        self.since += seconds
-        if not self.active:
+    def record(self, step: int, figures: Mapping[str, float]) -> None:
+        """Write figures under their own names, such as those of a validation."""
+        if not self.active or not figures:
             return
-        for name, value in figures.items():
-            self.writer.add_scalar(f"{self.stage}/{name}", value, step)
+        for writer in self.writers:
+            writer.write({f"{self.stage}/{name}": value for name, value in figures.items()}, step)
         self.lines.write(json.dumps({"stage": self.stage, "step": step, **figures}) + "\n")
         self.lines.flush()
+
+    def summarise(self, remarks: Sequence[str] = ()) -> None:
+        """Say at the end of a stage how long it took, what the last figures were, and the remarks."""
+        if not self.show:
+            return
+        minutes = (time.perf_counter() - self.begun) / 60
+        figures = ", ".join(f"{n} {value:.4g}" for n, value in sorted(self.means.items()) if "/" not in n)
+        done = self.reported - self.start
+        self.console.print(f"{self.stage}: {done} steps in {minutes:.1f} min; {figures}", highlight=False)
+        for line in remarks:
+            self.console.print(line, highlight=False, markup=False)
+
+
+class _Tensorboard:
+    def __init__(self, folder: Path, stage: str, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
+
+    def write(self, figures: Mapping[str, float], step: int) -> None:
+        for name, value in figures.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _Wandb:
+    def __init__(self, folder: Path, stage: str, start: int) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError(
+                "loggers names wandb, which is not installed: pip install wandb, or leave it out"
+            ) from error
+        name = f"{folder.parent.name}-{stage}"
+        self.run: Any = wandb.init(project="vilau", name=name, id=name, resume="allow", dir=str(folder))
+
+    def write(self, figures: Mapping[str, float], step: int) -> None:
+        self.run.log(dict(figures), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+_WRITERS: dict[str, type[_Tensorboard] | type[_Wandb]] = {"tensorboard": _Tensorboard, "wandb": _Wandb}
+
+
+def _over_ranks(
+    pending: Sequence[Mapping[str, tuple[Any, Any]]], work: Mapping[str, float]
+) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
+    """Add up the figures of all steps and processes, in rank order; one may have figures that another has not."""
+    own: dict[str, tuple[float, float]] = {}
+    for sums in pending:
+        for name, pair in sums.items():
+            total, count = (float(torch.as_tensor(value)) for value in pair)
+            before = own.get(name, (0.0, 0.0))
+            own[name] = (before[0] + total, before[1] + count)
+    merged: dict[str, tuple[float, float]] = {}
+    amounts: dict[str, float] = {}
+    for figures, held in parallel.gather_objects((own, dict(work))):
+        for name in sorted(figures):
+            before = merged.get(name, (0.0, 0.0))
+            merged[name] = (before[0] + figures[name][0], before[1] + figures[name][1])
+        for name, amount in held.items():
+            amounts[name] = amounts.get(name, 0.0) + amount
+    return merged, amounts
 
 
 def _reopen(path: Path, start: int) -> TextIO:

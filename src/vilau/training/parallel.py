@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.nn.functional import all_gather as _gather_with_gradient
+
+_PATIENCE = timedelta(minutes=30)  # the others wait while the first process draws samples or writes
 
 
 def start() -> tuple[int, int]:
@@ -22,7 +23,7 @@ def start() -> tuple[int, int]:
             # torchrun keeps one store over restarts on one machine: without a name of its own, a restarted worker
             # finds the addresses of dead ones there
             store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        dist.init_process_group(backend, store=store, rank=number, world_size=size)
+        dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=_PATIENCE)
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -58,25 +59,21 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     """Concatenate ``(N, ...)`` of every process in rank order; gradients flow back to their owners."""
-    return rows if world_size() == 1 else torch.cat(_gather_with_gradient(rows))
+    return rows if world_size() == 1 else _Gather.apply(rows)
 
 
-def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Add up the gradients of all processes in one flat message; a gradient absent on some counts as zero there.
+class _Gather(torch.autograd.Function):
+    """Every process's rows; what all processes want of a row adds up in its gradient."""
 
-    One that is absent on all stays absent, so that the optimizers leave its parameter alone as on one process.
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(rows) for _ in range(world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
 
-    Every loss is already divided by its global count, so the sum is the gradient of the global batch, however many
-    processes shared it.
-    """
-    if world_size() == 1:
-        return
-    chosen = [p for p in parameters if p.requires_grad]
-    present = torch.tensor([float(p.grad is not None) for p in chosen], device=chosen[0].device)
-    flat = torch.cat([*((p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in chosen), present])
-    dist.all_reduce(flat)
-    for p, part, known in zip(chosen, flat.split([*(p.numel() for p in chosen), len(chosen)]), flat[-len(chosen) :]):
-        p.grad = part.view_as(p).clone() if known else None
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return sum_over_ranks(gradient.contiguous()).chunk(world_size())[rank()]
 
 
 def any_rank(flag: bool) -> bool:

@@ -79,6 +79,10 @@ def run(config: TrainConfig, hooks: Hooks = Hooks(), show_progress: bool = True)
                     show_progress,
                     config.validate_every,
                     hooks.validation,
+                    scale=config.stages[name].scale or config.scale,
+                    skip_spikes=config.skip_spikes,
+                    loggers=config.loggers,
+                    max_skipped_share=config.data.max_skipped_share,
                 )
                 engine = Engine(stage, options, stop)
                 result = engine.run()

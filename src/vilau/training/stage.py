@@ -81,9 +81,9 @@ class Stage(ABC):
         """Return the blocks that FSDP2 shards one by one: every process must run each of them in every step."""
         return []
 
-    def flops_per_step(self) -> float:
-        """Return the floating-point operations of one step over all processes, forward and backward; 0 if unknown."""
-        return 0.0
+    def work(self, batch: Any) -> Mapping[str, float]:
+        """Return what a micro-batch holds, for rates: any of `images`, `tokens`, and `flops` forward and backward."""
+        return {}
 
     def prepare(self, batches: list[Any]) -> list[Any]:
         """Return a step's micro-batches of this process, ready for `compute`; may talk to the other processes.
