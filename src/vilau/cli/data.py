@@ -1,4 +1,4 @@
-"""`vilau data`: build the data that models are trained on."""
+"""`vilau data`: build, look at and check the data that models are trained on."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ from pathlib import Path
 import typer
 
 from vilau.cli.common import JSON_HELP, print_json, within
+from vilau.cli.data_check import check
 from vilau.cli.data_convert import convert
+from vilau.cli.data_inspect import inspect
 
-app = typer.Typer(help="Build training data.", rich_markup_mode=None)
+app = typer.Typer(help="Build, look at and check training data.", rich_markup_mode=None)
 
 
 @app.callback()
 def _group() -> None:
-    """Build training data."""
+    """Build, look at and check training data."""
 
 
+app.command("inspect")(inspect)
+app.command("check")(check)
 app.command("convert")(convert)
 
 

@@ -87,7 +87,7 @@ def test_a_damaged_shard_gives_what_it_has(tmp_path: Path, options: ReadOptions)
     path.write_bytes(content[: content.rindex(b"IDAT") + 2])  # within the last picture
     source = WebdatasetConfig(path=str(path)).open(options)
     assert len(source) == 6
-    assert "ends early" in source.notes[0]
+    assert "ends early" in source.faults[0]
     assert np.array_equal(source.read(4).frames[0], picture(4))
     with pytest.raises(BadSample, match="the shard ends within it") as caught:
         source.read(5)

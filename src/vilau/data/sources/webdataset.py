@@ -60,7 +60,7 @@ class WebdatasetSource:
         self.name, self.config, self.options = config.label, config, options
         files = OpenFiles()
         self._shards = [TarIndex(path, options.cache, files) for path in find_files(config.path, ".tar")]
-        self.notes = [f"{shard.path} {shard.note}" for shard in self._shards if shard.note]
+        self.faults = [f"{shard.path} {shard.note}" for shard in self._shards if shard.note]
         self._kept: list[NumberFile] | None = None
         if config.filters:
             self._kept = [self._filtered(shard) for shard in self._shards]
