@@ -6,6 +6,7 @@ from pathlib import Path
 
 import typer
 
+from vilau.cli.codes import codes
 from vilau.cli.common import JSON_HELP, print_json, within
 from vilau.cli.data_check import check
 from vilau.cli.data_convert import convert
@@ -21,6 +22,7 @@ def _group() -> None:
 
 app.command("inspect")(inspect)
 app.command("check")(check)
+app.command("codes")(codes)
 app.command("convert")(convert)
 
 
