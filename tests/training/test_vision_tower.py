@@ -235,3 +235,38 @@ def test_result_loads(make_stage: Callable[..., TowerStage], tmp_path: Path) -> 
     again = VisionTower.from_pretrained(tmp_path)
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in stage.tower.state_dict().items())
     assert len(AutoTokenizer.from_pretrained(tmp_path)) == len(stage.tokenizer)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"codebook_learning": "gradient"},
+        {"quantizer": "mcq", "code_dim": 12},
+        {"quantizer": "mcq", "code_dim": 12, "codebook_learning": "gradient", "code_noise": 0.1},
+        {"quantizer": "none"},
+    ],
+)
+def test_every_quantizer_trains(make_stage: Callable[..., TowerStage], fields: dict[str, Any]) -> None:
+    """A few steps of stage 1 lower the loss and move the codebook, whichever quantizer the tower has."""
+    stage = make_stage("vision_tower", tower_fields=fields, contrastive_weight=0.1)
+    before = snapshot(stage.tower.quantizer)
+    figures = train(stage, 12)
+    assert mean(figures[-4:], "loss") < figures[0]["loss"] - 0.3
+    moved = changed(before, stage.tower.quantizer)
+    if fields.get("quantizer") == "none":
+        assert not moved and "codes_used" not in figures[-1]
+    else:
+        assert ("map" if "codebook_learning" in fields else "ema_sum") in moved
+
+
+def test_micro_batches_move_the_codebook_once(make_stage: Callable[..., TowerStage]) -> None:
+    """With gradient accumulation the averages move with the last micro-batch of a step, for all of them."""
+    stage = make_stage("vision_tower")
+    stage.train_mode()
+    stage.compute(stage.make_batch(0, 0, 1), 0)
+    book = stage.tower.quantizer.codebook.clone()
+    halves = stage.prepare([stage.make_batch(1, part, 2) for part in range(2)])
+    stage.compute(halves[0], 1)
+    assert torch.equal(stage.tower.quantizer.codebook, book)
+    stage.compute(halves[1], 1)
+    assert not torch.equal(stage.tower.quantizer.codebook, book)

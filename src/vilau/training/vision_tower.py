@@ -156,6 +156,11 @@ class TowerStage(Stage):
         if self.tower.text_encoder is not None and self.quantize and not self.config.train_text_encoder:
             self.tower.text_encoder.eval()
 
+    def prepare(self, batches: list[TowerBatch]) -> list[TowerBatch]:
+        """Let the codebook's averages move once a step, for the statistics of all its micro-batches."""
+        self.tower.quantizer.batches_per_update = len(batches)
+        return batches
+
     def make_batch(self, step: int, rank: int, world_size: int) -> TowerBatch:
         share = local_numbers(step, self.config.batch_size, rank, world_size)
         items = [self.source[number] for number in share]
