@@ -14,13 +14,14 @@ from vilau.checkpoints.auto import register_released
 from vilau.checkpoints.loading import load_pretrained
 from vilau.configuration import DepthTransformerConfig, PositionKind, VilaUConfig, VisionTowerConfig
 from vilau.generation.compiled import visual_step
+from vilau.generation.interleaved import InterleavedOptions, InterleavedOutput, generate_interleaved
 from vilau.generation.position import Prompts
 from vilau.generation.sampling import SamplingOptions, row_seeds
 from vilau.generation.visual import Progress, VisualRequest, run_codes
 from vilau.modeling.vila_u import VilaULosses, VilaUModel
 from vilau.modeling.vision_tower import VisionTower
 
-GENERATION_MODES = ("text", "image", "video")
+GENERATION_MODES = ("text", "image", "video", "interleaved")
 
 
 @dataclass(frozen=True)
@@ -114,17 +115,18 @@ class VilaUForConditionalGeneration(VilaUModel, GenerationMixin):
         codes: torch.Tensor | None = None,
         generation_mode: str = "text",
         **kwargs: Any,
-    ) -> torch.Tensor | VisualOutput:
-        """Continue left-padded prompts with text, a picture or a video.
+    ) -> torch.Tensor | VisualOutput | list[InterleavedOutput]:
+        """Continue left-padded prompts with text, a picture, a video, or an answer that mixes them.
 
         Args:
             input_ids, kinds, attention_mask, pixel_values: as the processor returns them.
-            generation_mode: `text`, `image` or `video`.
+            generation_mode: `text`, `image`, `video` or `interleaved`.
             kwargs: for text, everything that the library's own `generate` knows; for pictures and videos the
-                arguments of `generate_visual` and `visual_request`.
+                arguments of `generate_visual` and `visual_request`; for mixed answers those of `generate_mixed`.
 
         Returns:
-            New token ids ``(B, T)`` for text, a `VisualOutput` otherwise.
+            New token ids ``(B, T)`` for text, a `VisualOutput` for pictures and videos, an `InterleavedOutput` for each
+            prompt whose answer may mix them.
         """
         if generation_mode not in GENERATION_MODES:
             raise ValueError(f"generation_mode is {generation_mode!r}; it must be one of {', '.join(GENERATION_MODES)}")
@@ -134,7 +136,53 @@ class VilaUForConditionalGeneration(VilaUModel, GenerationMixin):
         if generation_mode == "text":
             kwargs.pop("unconditional_ids", None)
             return GenerationMixin.generate(self, inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)  # type: ignore
+        if generation_mode == "interleaved":
+            return self.generate_mixed(embeds, attention_mask, **kwargs)
         return self.generate_visual(embeds, attention_mask, generation_mode == "video", **kwargs)
+
+    def generate_mixed(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor,
+        unconditional_ids: torch.Tensor | None = None,
+        max_new_tokens: int = 256,
+        max_pictures: int = 4,
+        text_temperature: float = 0.0,
+        text_top_k: int = 0,
+        text_top_p: float = 1.0,
+        seed: int = 0,
+        num_frames: int | None = None,
+        **visual: Any,
+    ) -> list[InterleavedOutput]:
+        """Return answers of text, pictures and films for prompts ``inputs_embeds`` (B, L, H) whose answer is open.
+
+        Args:
+            unconditional_ids: ``(1, U)`` as for pictures; of films the last token is exchanged.
+            max_new_tokens, max_pictures, seed: see `InterleavedOptions`.
+            text_temperature, text_top_k, text_top_p: of text; the likeliest token by default.
+            num_frames: frames of a film; absent, the configuration's.
+            visual: the further arguments of `generate_visual`, for every picture and film.
+
+        Raises:
+            ValueError: a value out of its range, guidance without `unconditional_ids`, or a prompt that fills the
+                context.
+        """
+        text = SamplingOptions(1.0, text_temperature, text_top_k, text_top_p)
+        options = InterleavedOptions(max_new_tokens, max_pictures, text, seed)
+        scale = visual.get("guidance_scale")
+        if unconditional_ids is None and max_pictures and (scale or self.visual_defaults().guidance_scale) != 1:
+            raise ValueError("guidance needs unconditional_ids (the processor adds them); or set guidance_scale=1")
+
+        def draw(prompt: torch.Tensor, video: bool, seed: int) -> VisualOutput:
+            empty = unconditional_ids
+            if video and empty is not None:
+                empty = torch.cat([empty[:, :-1], torch.full_like(empty[:, -1:], self.config.video_start_id)], 1)
+            mask = attention_mask.new_ones(prompt.shape[:2])
+            frames = num_frames if video else None
+            return self.generate_visual(prompt, mask, video, frames, unconditional_ids=empty, seed=seed, **visual)
+
+        positions = self.config.vision_config.num_positions * (num_frames or self.config.num_frames)
+        return generate_interleaved(self, inputs_embeds, attention_mask, draw, positions, options)
 
     def visual_defaults(self) -> SamplingOptions:
         """Return this model's default sampling of visual codes."""

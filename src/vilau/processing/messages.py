@@ -65,8 +65,9 @@ def check_messages(messages: Sequence[Message], generation_mode: GenerationMode 
         )
     parts = list(_parts(messages[-1]["content"], len(messages) - 1))
     if not any(kind != "text" or value.strip() for kind, value in parts):
-        wanted = {"text": "ask something or show a picture", "image": "say what to draw", "video": "say what to film"}
-        raise ValueError(f"the prompt is empty: {wanted[generation_mode]}")
+        wanted = {"image": "say what to draw", "video": "say what to film"}
+        asked = wanted.get(generation_mode, "ask something or show a picture")
+        raise ValueError(f"the prompt is empty: {asked}")
 
 
 def count_frames(messages: Sequence[Message], num_frames: int) -> tuple[int, int]:

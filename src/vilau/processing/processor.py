@@ -216,6 +216,8 @@ class VilaUProcessor(ProcessorMixin):
         )
         if mode in ("image", "video"):
             inputs["unconditional_ids"] = self.unconditional(mode)["input_ids"]
+        elif mode == "interleaved":  # a film's differ in their last token alone
+            inputs["unconditional_ids"] = self.unconditional("image")["input_ids"]
         return inputs
 
     def unconditional(self, generation_mode: GenerationMode, batch: int = 1) -> BatchFeature:
@@ -251,6 +253,7 @@ class VilaUProcessor(ProcessorMixin):
         encoded = encode_prompt(turns, self.tokenizer, self.template, self.positions_per_frame, mode)
         answer = {
             "text": 1,
+            "interleaved": 1,
             "image": self.positions_per_frame,
             "video": num_frames * self.positions_per_frame,
             None: 0,
@@ -287,6 +290,21 @@ class VilaUProcessor(ProcessorMixin):
     def decode(self, token_ids: Any, skip_special_tokens: bool = True, **kwargs: Any) -> str:  # type: ignore[override]
         """Ids ``(L,)`` -> text, special tokens left out."""
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs))
+
+    def to_content(self, parts: Sequence[Any]) -> list[dict[str, Any]]:
+        """Parts of an interleaved answer -> the content of a message: texts, pictures, and films as lists of pictures.
+
+        What it gives can be an assistant's ``content`` in the conversation that goes on.
+        """
+        content: list[dict[str, Any]] = []
+        for part in parts:
+            if part.kind == "text":
+                words = self.decode(part.token_ids).strip()
+                content.extend([{"type": "text", "text": words}] if words else [])
+            else:
+                frames = self.to_pil(part.pixel_values)
+                content.append({"type": part.kind, part.kind: frames[0] if part.kind == "image" else frames})
+        return content
 
     def to_pil(self, pixel_values: torch.Tensor | np.ndarray) -> list[Image.Image]:
         """``pixel_values`` ``(I, 3, S, S)`` in [-1, 1], clamped and rounded -> pictures."""

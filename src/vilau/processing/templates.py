@@ -16,8 +16,8 @@ import numpy as np
 
 from ..data.sample import Part, Turn
 
-GenerationMode = Literal["text", "image", "video"]
-GENERATION_MODES: tuple[str, ...] = ("text", "image", "video")
+GenerationMode = Literal["text", "image", "video", "interleaved"]
+GENERATION_MODES: tuple[str, ...] = ("text", "image", "video", "interleaved")
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class ChatTemplate:
         """What opens the answer: the assistant's prefix and, to draw, the start token of a picture or film."""
         if mode not in GENERATION_MODES:
             raise ValueError(f"unknown generation_mode {mode!r}: choose one of {', '.join(GENERATION_MODES)}")
-        opened = {"text": "", "image": self.image_start, "video": self.video_start}[mode]
+        opened = {"image": self.image_start, "video": self.video_start}.get(mode, "")
         return self.assistant_prefix + (self.content_prefix + opened if opened else "")
 
     def for_training(self) -> ChatTemplate:
