@@ -20,8 +20,12 @@ def nearest_codes(points: torch.Tensor, book: torch.Tensor) -> torch.Tensor:
     """
     rows, columns = _tile(points, len(book))
     with torch.autocast(points.device.type, enabled=False):
-        half_norms = book.square().sum(1) / 2
+        half_norms = _half_norms(book)
         return torch.cat([_nearest(part, book, half_norms, columns) for part in points.split(rows)])
+
+
+def _half_norms(book: torch.Tensor) -> torch.Tensor:
+    return torch.cat([part.square().sum(1) for part in book.split(_CPU_TILE[1])]) / 2
 
 
 def _tile(points: torch.Tensor, codes: int) -> tuple[int, int]:
@@ -41,7 +45,7 @@ def _nearest(points: torch.Tensor, book: torch.Tensor, half_norms: torch.Tensor,
 def neighbours(points: torch.Tensor, book: torch.Tensor, number: int) -> torch.Tensor:
     """Return the indices ``(N, number)`` of the rows of ``book`` (K, C) nearest to ``points`` (N, C), nearest first."""
     with torch.autocast(points.device.type, enabled=False):
-        half_norms, parts = book.square().sum(1) / 2, points.split(_CPU_TILE[1])
+        half_norms, parts = _half_norms(book), points.split(_CPU_TILE[1])
         distances = (torch.addmm(half_norms, part, book.t(), alpha=-1) for part in parts)
         return torch.cat([distance.topk(number, largest=False).indices for distance in distances])
 

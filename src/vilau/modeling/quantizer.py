@@ -37,8 +37,8 @@ class Quantized:
 
 @dataclass(frozen=True)
 class DepthStep:
-    """One depth of a search: it was `asked` (N, width) for vectors, gave `codes` (N,) whose `vectors` (N, width) they
-    are, and now the sum of code vectors so far is `partial` (N, C)."""
+    """One depth of a search: it was `asked` (N, width) for, it gave `codes` (N,) and their `vectors` (N, width), and
+    the sum of code vectors so far is `partial` (N, C). The next step overwrites these tensors."""
 
     asked: torch.Tensor
     codes: torch.Tensor
@@ -249,13 +249,13 @@ class ResidualQuantizer(Quantizer):
         self.shared = shared
 
     def steps(self, features: torch.Tensor) -> Iterator[DepthStep]:
-        residual, partial = features, torch.zeros_like(features)
+        residual, partial = features.clone(), torch.zeros_like(features)
         for depth in range(self.depth):
             codes = self.search(residual, depth)
             vectors = self.book(depth)[codes]
-            partial = partial + vectors
+            partial += vectors
             yield DepthStep(residual, codes, vectors, partial)
-            residual = residual - vectors
+            residual -= vectors
 
     def embed(self, codes: torch.Tensor) -> torch.Tensor:
         books = self.books()
