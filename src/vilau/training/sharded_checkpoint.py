@@ -67,7 +67,7 @@ def save_sharded(
     if parallel.any_rank(error is not None):
         if parallel.rank() == 0:
             shutil.rmtree(beside, ignore_errors=True)
-        reason = first_line(error) if error is not None else "another process could not write"
+        reason = _reason(error) if error is not None else "another process could not write"
         raise OSError(f"cannot write the checkpoint {final}: {reason}") from error
     return final
 
@@ -89,16 +89,23 @@ def load_sharded(path: Path, module: nn.Module, optimizers: list[torch.optim.Opt
         dcp.load(tensors, storage_reader=reader, no_dist=parallel.world_size() == 1)
     except (ValueError, KeyError, RuntimeError, CheckpointException, AssertionError) as error:
         raise ValueError(
-            f"the checkpoint {path} does not fit this configuration's model and optimizers ({first_line(error)}); "
+            f"the checkpoint {path} does not fit this configuration's model and optimizers ({_reason(error)}); "
             "train with the configuration it was made with, or choose another output folder"
         ) from error
     return json.loads((path / "state.json").read_text())
 
 
+def _reason(error: BaseException) -> str:
+    if isinstance(error, CheckpointException) and error.failures:
+        return first_line(next(iter(error.failures.values()))[0])
+    return first_line(error)
+
+
 def _tensors(module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
     """Return all weights, buffers and optimizer states by name; numbers as views of one element."""
     names: dict[torch.Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
-    tensors: dict[str, torch.Tensor] = {f"module.{name}": t for name, t in module.state_dict().items()}
+    twice = {name for name, _ in module.named_parameters(remove_duplicate=False)} - set(names.values())  # tied weights
+    tensors = {f"module.{name}": t for name, t in module.state_dict().items() if name not in twice}
     for number, optimizer in enumerate(optimizers):
         for parameter, state in optimizer.state.items():
             for key, value in state.items():
