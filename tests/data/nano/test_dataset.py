@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 
-from vilau.data.nano.dataset import FORM_OF, ImageTextDataset, NanoDataset
+from vilau.data.nano.dataset import ALL_FORM_OF, FORM_OF, ImageTextDataset, NanoDataset
 from vilau.data.nano.scenes import render, single
 from vilau.data.nano.world import World, is_heldout, is_heldout_pair
 from vilau.data.sample import FORMS, Sample
@@ -120,7 +120,7 @@ def test_every_form_is_as_it_says() -> None:
         else:
             assert all(kind == ["text"] for kind in kinds)
         assert sample.turns[-1].parts[-1].text == sample.meta.get("answer", sample.turns[-1].parts[-1].text)
-    assert set(seen) == set(FORM_OF) and set(FORM_OF.values()) == set(FORMS)
+    assert set(seen) == set(FORM_OF) and set(ALL_FORM_OF.values()) == set(FORMS)
 
 
 def test_pictures_are_those_of_the_captions() -> None:

@@ -11,6 +11,7 @@ from vilau.data.nano import scenes as drawn
 from vilau.data.nano.dialogues import talk
 from vilau.data.nano.draw import Draw
 from vilau.data.nano.easy import EasyVqa
+from vilau.data.nano.edits import animation, edit, mixed, render_animation
 from vilau.data.nano.questions import Question, ask, ask_film, ask_pair, ask_several
 from vilau.data.nano.scenes import MOTIONS, RELATIONS, Film, Scene, render, render_film
 from vilau.data.nano.stories import examples, story
@@ -31,6 +32,8 @@ FORM_OF: dict[str, Form] = {
     "video_text": "video_text",
     "text": "text",
 }
+BEYOND_FORM_OF: dict[str, Form] = {"edit": "image_edit", "animate": "image_video", "mixed": "mixed"}  # not in the paper
+ALL_FORM_OF: dict[str, Form] = FORM_OF | BEYOND_FORM_OF
 DRAWN_SCENES = {"single": 0.76, "small": 0.08, "count": 0.08, "relation": 0.08}
 ASKED_SCENES = {"single": 0.52, "small": 0.12, "count": 0.18, "relation": 0.18}
 
@@ -86,7 +89,7 @@ class NanoDataset:
 
     Args:
         world: objects, styles, colours.
-        mixture: share of each key of ``FORM_OF``; need not sum to one. ``easy_vqa`` needs the package ``easy-vqa``.
+        mixture: share of each key of ``ALL_FORM_OF``; need not sum to one. ``easy_vqa`` needs the package ``easy-vqa``.
         split: ``train`` or ``heldout`` (only combinations, pairs and questions that training never shows).
         seed: names the stream; another seed, other samples.
         image_size: side of every picture and frame in pixels.
@@ -114,9 +117,9 @@ class NanoDataset:
         drawn_scenes: Mapping[str, float] | None = None,
         asked_scenes: Mapping[str, float] | None = None,
     ) -> None:
-        unknown = [key for key in mixture if key not in FORM_OF]
+        unknown = [key for key in mixture if key not in ALL_FORM_OF]
         if unknown:
-            raise ValueError(f"mixture has the unknown key {unknown[0]!r}: use {', '.join(FORM_OF)}")
+            raise ValueError(f"mixture has the unknown key {unknown[0]!r}: use {', '.join(ALL_FORM_OF)}")
         if not mixture or min(mixture.values()) < 0 or sum(mixture.values()) <= 0:
             raise ValueError(f"mixture {dict(mixture)} needs shares of 0 or more, at least one of them above 0")
         for name, number in (("image_size", image_size), ("num_frames", num_frames), ("size", size)):
@@ -138,7 +141,7 @@ class NanoDataset:
         draw = Draw(self.seed, SPLITS.index(self.split), index)
         key = draw.weighted(self.mixture)
         turns, facts = getattr(self, f"_{key}")(draw)
-        return Sample(f"nano-{self.split}-{self.seed}-{index}", FORM_OF[key], turns, {"key": key, **facts})
+        return Sample(f"nano-{self.split}-{self.seed}-{index}", ALL_FORM_OF[key], turns, {"key": key, **facts})
 
     def _scene(self, draw: Draw, kinds: Mapping[str, float]) -> Scene:
         return pick_scene(self.world, draw, self.split, kinds, jitter=self.jitter)
@@ -217,6 +220,32 @@ class NanoDataset:
             kind, asked, answer = talk(self.world, draw, self.split)
             turns += [_user(text(as_typed(asked, draw))), _assistant(text(answer))]
         return tuple(turns), {"question_kind": kind, "question": asked, "answer": answer}
+
+    def _edit(self, draw: Draw) -> tuple[tuple[Turn, ...], dict[str, Any]]:
+        style, shift = draw.among(self.world.styles), draw.shift(self.jitter)
+        change = edit(self.world, draw, self.split, style, shift)
+        turns = (_user(self._picture(change.before), text(change.instruction)), _assistant(self._picture(change.after)))
+        facts = {"edit": change.kind, "instruction": change.instruction, "before": caption(change.before, self.world)}
+        return turns, {**_facts(change.after, self.world), **facts}
+
+    def _animate(self, draw: Draw) -> tuple[tuple[Turn, ...], dict[str, Any]]:
+        style, shift = draw.among(self.world.styles), draw.shift(self.jitter)
+        film, instruction = animation(self.world, draw, self.split, style, shift)
+        frames = render_animation(film, self.world, self.image_size, self.num_frames)
+        turns = (_user(image(frames[0]), text(instruction)), _assistant(video(frames)))
+        return turns, {**_film_facts(film), "instruction": instruction}
+
+    def _mixed(self, draw: Draw) -> tuple[tuple[Turn, ...], dict[str, Any]]:
+        asked = mixed(self.world, draw, self.split, draw.among(self.world.styles))
+        shown = () if asked.shown is None else (self._picture(asked.shown),)
+        answer = [text(piece) if isinstance(piece, str) else self._picture(piece) for piece in asked.answer]
+        facts = {
+            "request": asked.request,
+            "request_kind": asked.kind,
+            "scenes": [[piece.object, piece.background] for piece in asked.answer if isinstance(piece, Scene)],
+            "answer": [piece if isinstance(piece, str) else caption(piece, self.world) for piece in asked.answer],
+        }
+        return (_user(*shown, text(asked.request)), _assistant(*answer)), facts
 
     def _easy_vqa(self, draw: Draw) -> tuple[tuple[Turn, ...], dict[str, Any]]:
         assert self.easy is not None
