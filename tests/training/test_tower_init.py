@@ -108,7 +108,7 @@ def test_captions_are_read_as_siglip_reads_them(siglip: Path) -> None:
 
 def test_siglip_trains_in_a_run(siglip: Path, tmp_path: Path) -> None:
     """The stage reads captions with the checkpoint's tokenizer, at its length, and its result keeps both."""
-    stage = build_stage(configured(tmp_path, {"init_siglip": str(siglip), "batch_size": 4}), "vision_tower", None, 1)
+    stage = build_stage(configured(tmp_path, {"init_siglip": str(siglip), "batch_size": 4}), "vision_tower", None)
     batch = stage.make_batch(0, 0, 1)
     assert batch.text_ids.shape == (4, 6) and int(batch.text_ids.max()) < len(WORDS)
     stage.train_mode()
@@ -189,7 +189,7 @@ def test_an_untrained_encoder_as_measure_is_told(tmp_path: Path, caplog: pytest.
     """Recipe 0 with perceptual 'siglip' compares features of a random network: allowed, and said."""
     settings = {"perceptual": "siglip", "contrastive_weight": 0}
     with caplog.at_level("WARNING"):
-        build_stage(configured(tmp_path, settings), "vision_tower", None, 1)
+        build_stage(configured(tmp_path, settings), "vision_tower", None)
     assert "untrained here: a random network's distances" in caplog.text
 
 
@@ -197,7 +197,7 @@ def test_no_text_encoder_unless_asked_for(tmp_path: Path) -> None:
     """Without `text_encoder` and without a source the tower has none, and a contrast is refused."""
     assert start(configured(tmp_path, {})).tower.text_encoder is None
     with pytest.raises(ValueError, match="needs a vision tower with a text encoder"):
-        build_stage(configured(tmp_path, {}), "vision_tower", None, 1)
+        build_stage(configured(tmp_path, {}), "vision_tower", None)
     with pytest.raises(ValueError, match="embeddings have width 16 and the image encoder's 32"):
         start(configured(tmp_path, {}, TEXT | {"projection_size": 16}))
 
