@@ -11,6 +11,7 @@ from vilau.configuration import VisionTowerConfig
 from vilau.data.nano.world import HELDOUT, World
 from vilau.evaluation.tower import ValidationSet, ZeroShot, code_figures, measure_tower, retrieval
 from vilau.evaluation.tower_data import nano_validation
+from vilau.modeling.codebook_usage import codebook_usage
 from vilau.modeling.vision_tower import VisionTower
 
 
@@ -45,10 +46,10 @@ def test_retrieval_counts_equal_captions_as_one() -> None:
 def test_code_figures_count_by_depth_and_over_the_whole_book() -> None:
     """Usage and perplexity of codes that are known; one book for all depths or one for each."""
     codes = torch.tensor([[0, 5], [0, 5], [1, 5], [1, 5]])
-    shared = code_figures(codes, 8, shared=True)
+    shared = code_figures(codebook_usage(codes, 8), shared=True)
     assert shared["code_usage"] == 3 / 8 and shared["usage_depth_1"] == 2 / 8
     assert shared["perplexity_depth_1"] == pytest.approx(2.0) and shared["perplexity_depth_2"] == pytest.approx(1.0)
-    assert code_figures(codes, 8, shared=False)["code_usage"] == 3 / 16
+    assert code_figures(codebook_usage(codes, 8), shared=False)["code_usage"] == 3 / 16
 
 
 def test_figures_do_not_depend_on_the_batch_and_leave_the_tower_alone(tower: VisionTower) -> None:
