@@ -160,6 +160,21 @@ BROKEN = {
     "positions": ("vision_tower/config.json", {"rqvaesiglip__code_shape": [8, 8, 4]}, "code_shape says 8x8"),
     "depth": ("vision_tower/config.json", {"rqvaesiglip__code_shape": [16, 16, 8]}, "block_size is"),
     "width": ("llm/config.json", {"intermediate_size": 100}, r"gate_proj.weight is \[128, 64\], expected \[100, 64\]"),
+    "kind of RoPE": (
+        "llm/config.json",
+        {"rope_scaling": {"type": "odd", "factor": 2.0}},
+        "llm/config.json: rope_scaling",
+    ),
+    "no number": (
+        "vision_tower/config.json",
+        {"rqtransformer__head__n_layer": "x"},
+        "vision_tower/config.json holds a",
+    ),
+    "no shape": ("vision_tower/config.json", {"rqvaesiglip__code_shape": 16}, "vision_tower/config.json holds a value"),
+    "no width": ("llm/config.json", {"hidden_size": "64"}, "llm/config.json holds a value .*'hidden_size'"),
+    "heads": ("llm/config.json", {"num_attention_heads": 5}, "llm/config.json holds a value .*attention heads"),
+    "dtype": ("config.json", {"model_dtype": "torch.float7"}, "dtype of the weights is 'float7'"),
+    "widths": ("vision_tower/config.json", {"rqvaesiglip__ddconfig__ch": 20}, "must be multiples of 32"),
     "layers": ("llm/config.json", {"num_hidden_layers": 3}, "9 missing: llm:model.layers.2.input_layernorm.weight"),
     "fewer layers": ("llm/config.json", {"num_hidden_layers": 1}, "9 of no use: llm:model.layers.1.input_layernorm"),
 }
@@ -212,7 +227,9 @@ def test_pickle_with_code_is_refused(copy):
             return (Path.touch, (copy / "exploded",))
 
     torch.save({"layers.0.weight": Bomb()}, copy / "mm_projector/pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pytorch_model.bin holds more than tensors.*safetensors"):
+    with pytest.raises(
+        ValueError, match=r"pytorch_model.bin holds more than tensors.*\(it names getattr\).*safetensors"
+    ):
         VilaUForConditionalGeneration.from_pretrained(copy)
     assert not (copy / "exploded").exists()
     (copy / "mm_projector/pytorch_model.bin").write_bytes(b"no file of this kind")

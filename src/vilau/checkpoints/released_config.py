@@ -8,17 +8,21 @@ unknown field may change what the network computes.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from vilau.checkpoints.shards import read_json
 from vilau.configuration import DepthTransformerConfig, VilaUConfig, VisionTowerConfig
 
 MODEL_TYPE = "vila_u_llama"
+DTYPES = ("float32", "bfloat16", "float16")
 PARTS = ("llm", "vision_tower", "mm_projector")
 
 
@@ -81,6 +85,20 @@ _SIGLIP_WIDTHS = {  # the two encoders of released checkpoints, so that nothing 
 }
 
 
+@contextmanager
+def naming(where: str | Path) -> Iterator[None]:
+    """Turn what a wrong value in a configuration file raises into a ValueError that names the file."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        if isinstance(error, ValueError) and str(where).split(" (")[0] in reason:
+            raise
+        raise ValueError(
+            f"{where} holds a value that cannot be used ({reason[:300]}); correct it or fetch it"
+        ) from error
+
+
 def read_config(folder: Path, with_text_encoder: bool = True) -> VilaUConfig:
     """Return our configuration of a released folder.
 
@@ -102,16 +120,18 @@ def read_config(folder: Path, with_text_encoder: bool = True) -> VilaUConfig:
             check(top[f"{part}_cfg"], f"{top_file} ({part}_cfg)")
     tower, tower_file = _part(folder, top, "vision_tower")
     projector, projector_file = _part(folder, top, "mm_projector")
-    _check_tower(tower, tower_file)
     _check_projector(projector, projector_file)
     llm, llm_file = _part(folder, top, "llm")
-    text = _text_config(llm, llm_file)
-    vision = _vision_config(tower, tower_file, folder / "vision_tower", with_text_encoder)
-    depth = _depth_config(tower["rqtransformer"], f"{tower_file} (rqtransformer)", vision, text.hidden_size)
-    config = VilaUConfig(
-        vision_config=vision, depth_config=depth, text_config=text, num_frames=int(top.get("num_video_frames") or 8)
-    )
-    config.dtype = _stored_dtype(top, llm)
+    with naming(llm_file):
+        text = _text_config(llm, llm_file)
+    with naming(tower_file):
+        _check_tower(tower, tower_file)
+        vision = _vision_config(tower, tower_file, folder / "vision_tower", with_text_encoder)
+        depth = _depth_config(tower["rqtransformer"], f"{tower_file} (rqtransformer)", vision, text.hidden_size)
+    with naming(top_file):
+        frames = int(top.get("num_video_frames") or 8)
+        config = VilaUConfig(vision_config=vision, depth_config=depth, text_config=text, num_frames=frames)
+        config.dtype = _stored_dtype(top, llm)
     config.architectures = ["VilaUForConditionalGeneration"]
     return config
 
@@ -174,7 +194,11 @@ def _text_config(llm: Mapping[str, Any], where: str) -> PreTrainedConfig:
     try:
         text = AutoConfig.for_model(fields.pop("model_type", "llama"), **fields)
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{where} is no configuration of a language model: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0].split(". Should contain")[0]  # a list of all models that there are
+        raise ValueError(f"{where} is no configuration of a language model: {reason}") from error
+    kind = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
+    if kind not in (known := {"default", *ROPE_INIT_FUNCTIONS}):
+        raise ValueError(f"{where}: rope_scaling has the type {kind!r}; known are {', '.join(sorted(known))}")
     return text
 
 
@@ -315,7 +339,10 @@ def _from_hub(name: str, local: Path, where: str) -> tuple[dict[str, Any], dict[
 def _stored_dtype(top: Mapping[str, Any], llm: Mapping[str, Any]) -> str:
     for value in (top.get("model_dtype"), top.get("torch_dtype"), llm.get("torch_dtype"), llm.get("dtype")):
         if value:
-            return str(value).removeprefix("torch.")
+            name = str(value).removeprefix("torch.")
+            if name not in DTYPES:
+                raise ValueError(f"the dtype of the weights is {name!r}; it must be one of {', '.join(DTYPES)}")
+            return name
     return "float32"
 
 

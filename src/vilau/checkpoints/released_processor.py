@@ -42,7 +42,8 @@ def load_tokenizer(folder: Path) -> Any:
     except Exception as error:
         lines = str(error).strip().splitlines()
         raise ValueError(
-            f"cannot read the tokenizer in {folder}: {lines[0] if lines else type(error).__name__}; fetch it again"
+            f"cannot read the tokenizer in {folder}: it is no SentencePiece model or tokenizer.json "
+            f"({lines[0] if lines else type(error).__name__}); fetch it again"
         ) from error
 
 

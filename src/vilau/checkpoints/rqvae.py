@@ -24,6 +24,7 @@ from vilau.checkpoints.released_config import (
     check_known,
     check_widths,
     fixed,
+    naming,
     needed,
     one_number,
     words,
@@ -205,6 +206,13 @@ def read_rqvae_config(
     text_encoder_config: Mapping[str, Any] | None = None,
 ) -> VisionTowerConfig:
     """Return our configuration of an RQ-VAE's ``config.yaml``; ``ValueError`` names what is wrong in it."""
+    with naming(file):
+        return _config(file, image_encoder_config, text_encoder_config)
+
+
+def _config(
+    file: Path, image_encoder_config: Mapping[str, Any] | None, text_encoder_config: Mapping[str, Any] | None
+) -> VisionTowerConfig:
     arch = _architecture(file)
     fields, decoder = arch["hparams"], arch["ddconfig"]
     side, depth, doublings = _map_sides(fields, decoder, file)
@@ -219,27 +227,24 @@ def read_rqvae_config(
         "image_size": side << doublings,
         "patch_size": 1 << doublings,
     }
-    try:
-        return VisionTowerConfig(
-            encoder_type="conv",
-            image_encoder_config=image,
-            text_encoder_config=dict(text_encoder_config) if text_encoder_config is not None else None,
-            code_dim=width,
-            depth=depth,
-            codebook_size=int(one_number(fields["n_embed"], f"{file}: n_embed")),
-            shared_codebook=bool(fields["shared_codebook"]),
-            ema_decay=float(one_number(fields.get("decay", 0.99), f"{file}: decay")),
-            restart_unused_codes=bool(fields.get("restart_unused_codes", False)),
-            commitment_weight=float(fields.get("latent_loss_weight", 0.25)),
-            decoder_channels=int(decoder["ch"]),
-            decoder_multipliers=[int(m) for m in decoder["ch_mult"]],
-            decoder_blocks=int(decoder["num_res_blocks"]),
-            decoder_attention=[int(side) for side in decoder.get("attn_resolutions") or ()],
-            decoder_latent_channels=int(decoder["z_channels"]),
-            decoder_dropout=float(decoder.get("dropout") or 0.0),
-        )
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: {error}") from error
+    return VisionTowerConfig(
+        encoder_type="conv",
+        image_encoder_config=image,
+        text_encoder_config=dict(text_encoder_config) if text_encoder_config is not None else None,
+        code_dim=width,
+        depth=depth,
+        codebook_size=int(one_number(fields["n_embed"], f"{file}: n_embed")),
+        shared_codebook=bool(fields["shared_codebook"]),
+        ema_decay=float(one_number(fields.get("decay", 0.99), f"{file}: decay")),
+        restart_unused_codes=bool(fields.get("restart_unused_codes", False)),
+        commitment_weight=float(fields.get("latent_loss_weight", 0.25)),
+        decoder_channels=int(decoder["ch"]),
+        decoder_multipliers=[int(m) for m in decoder["ch_mult"]],
+        decoder_blocks=int(decoder["num_res_blocks"]),
+        decoder_attention=[int(side) for side in decoder.get("attn_resolutions") or ()],
+        decoder_latent_channels=int(decoder["z_channels"]),
+        decoder_dropout=float(decoder.get("dropout") or 0.0),
+    )
 
 
 def _architecture(file: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pickle
+import re
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -210,9 +211,11 @@ def unpickle(file: Path, remedy: str) -> Any:
                 raise
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))  # the library's own text advises to switch the check off
+        found = f"it names {named[1]}" if named else "it is no table of tensors"
         raise ValueError(
             f"{file} holds more than tensors and was refused, because such a file can run code when it is read "
-            f"({_first_line(error)}); {remedy}"
+            f"({found}); {remedy}"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise ValueError(f"{file} is damaged or no PyTorch file ({_first_line(error)}); fetch it again") from error

@@ -8,6 +8,8 @@ import typer
 
 from vilau.cli.common import within
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 def convert(
     source: Path = typer.Argument(
@@ -37,6 +39,8 @@ def convert(
     """
     if to not in ("ours", "released"):
         raise typer.BadParameter(f"{to!r} is no layout: it must be ours or released", param_hint="--to")
+    if dtype is not None and dtype not in DTYPES:
+        raise typer.BadParameter(f"{dtype!r} is none of {', '.join(DTYPES)}", param_hint="--dtype")
     from vilau.checkpoints.layout import find_layout, resolve
     from vilau.checkpoints.rqvae import is_rqvae
 
@@ -89,6 +93,14 @@ def _between_layouts(source: Path, target: Path, to: str, dtype: str | None, for
     if partial_folder(target).is_dir():
         console.print(f"an earlier conversion to {target} was interrupted; what fits is used", highlight=False)
     columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=console) as bar:
-        task = bar.add_task("convert", total=None)
-        return run(source, target, to, dtype, force, lambda done, total: bar.update(task, completed=done, total=total))
+    bar = Bar(*columns, console=console)
+    task = bar.add_task("convert", total=None)
+
+    def show(done: int, total: int) -> None:
+        bar.start()  # with the first tensor: what is refused has no bar
+        bar.update(task, completed=done, total=total)
+
+    try:
+        return run(source, target, to, dtype, force, show)
+    finally:
+        bar.stop()
