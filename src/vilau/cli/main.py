@@ -13,7 +13,7 @@ from pathlib import Path
 import typer
 
 from vilau import __version__
-from vilau.cli import ask, convert, data, demo, evaluate, experiments, generate, info, parity, tokenize
+from vilau.cli import ask, bench, convert, data, demo, evaluate, experiments, generate, info, parity, tokenize
 from vilau.cli.common import one_line
 
 INTERRUPTED = 130
@@ -69,6 +69,7 @@ app.command("parity")(parity.parity)
 app.command("tokenize")(tokenize.tokenize)
 app.command("detokenize")(tokenize.detokenize)
 app.command("demo")(demo.demo)
+app.add_typer(bench.app, name="bench")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
