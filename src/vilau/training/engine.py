@@ -187,6 +187,7 @@ class Engine:
             sampler=range(self.step, self.stage.config.steps),
             num_workers=workers,
             prefetch_factor=4 if workers else None,
+            collate_fn=_unchanged,  # the default copies counters by adding them to themselves
             worker_init_fn=_quiet_worker,
         )
         return iter(loader)
@@ -392,6 +393,10 @@ def is_finished(folder: Path) -> bool:
 def step_seed(seed: int, step: int, rank: int) -> int:
     """Return the seed of a step's random numbers: nothing random outlives a step, so nothing needs to be stored."""
     return (seed * 1_000_003 + step * 65_537 + rank) % (1 << 62)
+
+
+def _unchanged(item: Any) -> Any:
+    return item
 
 
 def _quiet_worker(_: int) -> None:
