@@ -101,6 +101,8 @@ def test_converted_folder_trains_on(tmp_path, pictures, capfd):
     tower = VisionTower.from_pretrained(tmp_path / "tower")
     loaded = vilau.load_rqvae(tmp_path / "rq").tower
     assert torch.equal(tower.encode(pictures), loaded.encode(pictures))
+    opened = vilau.VisionTower.from_pretrained(tmp_path / "rq", dtype=torch.bfloat16)
+    assert opened.dtype == torch.bfloat16 and torch.equal(opened.quantizer.codebook, loaded.quantizer.codebook)
     output = tower.train()(pictures)
     output.commitment.backward()
     assert tower.pixel_encoder.conv_in.weight.grad.abs().sum() > 0

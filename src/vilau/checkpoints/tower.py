@@ -11,6 +11,7 @@ import torch
 from vilau.checkpoints.layout import HUB_OPTIONS, find_layout, resolve
 from vilau.checkpoints.loading import check_fields, check_loaded, load_ours
 from vilau.checkpoints.released import ReleasedCheckpoint
+from vilau.checkpoints.rqvae import is_rqvae, load_rqvae
 from vilau.checkpoints.shards import open_weights, read_json
 from vilau.configuration import VilaUConfig, VisionTowerConfig
 
@@ -22,8 +23,9 @@ def load_tower(library: Callable[..., Any], name: Any, args: Sequence[Any], kwar
 
     Args:
         library: the library's `from_pretrained`, bound to the tower's class.
-        name: a folder or a hub id of a tower, of a whole model in our layout, or of one in the released layout; or
-            `None` with a `state_dict`. Of a whole model the tower's tensors alone are read.
+        name: a folder or a hub id of a tower, of a whole model in our layout, of one in the released layout, or of an
+            RQ-VAE (see `load_rqvae`); or `None` with a `state_dict`. Of a whole model the tower's tensors alone are
+            read.
         args, kwargs: of `from_pretrained`.
 
     Raises:
@@ -33,6 +35,9 @@ def load_tower(library: Callable[..., Any], name: Any, args: Sequence[Any], kwar
         return library(name, *args, **kwargs)
     folder = resolve(name, kwargs.get("subfolder") or "", **{key: kwargs[key] for key in HUB_OPTIONS if key in kwargs})
     kwargs = {key: value for key, value in kwargs.items() if key not in (*HUB_OPTIONS, "subfolder")}
+    if is_rqvae(folder):
+        tower = load_rqvae(folder).tower
+        return library(None, *args, config=tower.config, state_dict=tower.state_dict(), **kwargs)
     file = folder / "config.json"
     if file.is_file() and read_json(file).get("model_type") == VisionTowerConfig.model_type:
         return load_ours(library, folder, args, kwargs)
