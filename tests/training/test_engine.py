@@ -7,6 +7,7 @@ import logging
 import os
 import resource
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -222,3 +223,49 @@ def test_each_step_has_its_own_random_numbers(engine: Callable[..., Any]) -> Non
     plain.run()
     drawing.run()
     assert state_digest(plain.stage.module, plain.optimizers) == state_digest(drawing.stage.module, drawing.optimizers)
+
+
+def test_a_spike_is_left_out_and_remembered(engine: Callable[..., Any], tiny_stage: Any, tmp_path: Path) -> None:
+    """R6's option: an update of a gradient far above the recent ones is skipped and counted; a resume decides alike."""
+    steps, bad = 20, 14
+
+    def build(folder: str, **options: Any) -> Any:
+        stage = tiny_stage(steps=steps)
+        stage.poison[bad] = lambda loss: loss * 1e6
+        return engine(stage, folder=tmp_path / folder, skip_spikes=50.0, **options)
+
+    plain, before = build("plain"), {}
+    plain.options.on_step = lambda step: before.update({step: [p.clone() for p in plain.stage.module.parameters()]})
+    plain.run()
+    assert all(torch.equal(a, b) for a, b in zip(before[bad], before[bad + 1], strict=True))
+    assert not torch.equal(before[bad - 1][0], before[bad][0])
+    lines = [json.loads(line) for line in (tmp_path / "plain" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["spikes_skipped"]] == [bad + 1]
+    with pytest.raises(StopRequested), StopSignal() as stop:
+        build("again", stop=stop, on_step=stop_at(12)).run()
+    assert digest(build("again").run()) == digest(tmp_path / "plain" / "final")
+
+
+def test_skipped_samples_are_counted_through_a_resume(engine: Callable[..., Any], tiny_stage: Any) -> None:
+    """R5: the ledger of bad samples travels with the batches and the checkpoint; nothing is counted twice or lost."""
+
+    def build(**options: Any) -> Any:
+        stage = tiny_stage(steps=8)
+        stage.take_skips = lambda: Counter({("pictures", "broken_image", "shard-1.tar"): 2})
+        return engine(stage, **options)
+
+    with pytest.raises(StopRequested), StopSignal() as stop:
+        build(stop=stop, on_step=stop_at(5)).run()
+    rest = build()
+    rest.run()
+    assert rest.skipped == Counter({("pictures", "broken_image", "shard-1.tar"): 16})
+
+
+def test_too_many_bad_samples_stop_the_run(engine: Callable[..., Any], tiny_stage: Any) -> None:
+    """R5: above the set share the run ends with what is wrong, by source and kind, once enough was read to tell."""
+    stage = tiny_stage(steps=8, batch_size=40)
+    stage.take_skips = lambda: Counter({("pictures", "broken_image", "shard-1.tar"): 10})
+    with pytest.raises(TrainingError, match=r"20.0% of the samples read cannot be used, .* \(10.0%\)") as caught:
+        engine(stage, max_skipped_share=0.1).run()
+    assert "after step 3" in str(caught.value)
+    assert "pictures: broken_image 30 (in shard-1.tar 30)" in str(caught.value)

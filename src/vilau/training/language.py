@@ -5,12 +5,14 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from vilau.configuration import PositionKind
 from vilau.data.collate import Batch, collate
 from vilau.data.sample import FORMS, Sample
 from vilau.modeling.vila_u import VilaULosses, VilaUModel
@@ -18,6 +20,7 @@ from vilau.processing.encode import EncodedSample, encode_sample
 from vilau.training import parallel
 from vilau.training.adapters import Adapters
 from vilau.training.config import LanguageStageConfig
+from vilau.training.flops import LanguageFlops
 from vilau.training.stage import Stage, StepResult
 from vilau.training.vision_tower import freeze, local_numbers, to_pixel_values
 
@@ -97,6 +100,21 @@ class LanguageStage(Stage):
         visual = sum(float(batch.visual_targets.sum()) * depth for batch in batches)
         counts = parallel.sum_over_ranks(torch.tensor([text, visual], dtype=torch.float64)).clamp_min(1).tolist()
         return [CountedBatch(batch, *counts) for batch in batches]
+
+    @cached_property
+    def _flops(self) -> LanguageFlops:
+        return LanguageFlops(self.model)
+
+    def work(self, batch: Batch) -> dict[str, float]:
+        """Return tokens without padding, pictures and frames, and operations of a micro-batch."""
+        there = batch.form_ids >= 0
+        sizes = self.model.config.vision_config
+        positions = float((batch.kinds == PositionKind.VISUAL).sum())
+        tokens, text = float(there.sum()), float(batch.text_targets.sum())
+        codes = float(batch.visual_targets.sum()) * sizes.depth * self.config.visual_share
+        pairs = float((batch.position_ids[there] + 1).sum())
+        flops = self._flops(tokens, pairs, positions, text, codes, len(batch.frames))
+        return {"tokens": tokens, "images": positions / sizes.num_positions, "flops": flops}
 
     def _draw(self, targets: torch.Tensor) -> torch.Tensor:
         return targets & (torch.rand(targets.shape, device=targets.device) < self.config.visual_share)

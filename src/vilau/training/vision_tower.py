@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from vilau.modeling.vision_tower import TowerOutput, VisionTower
 from vilau.training import parallel
 from vilau.training.config import TowerStageConfig
 from vilau.training.discriminator import PatchDiscriminator
+from vilau.training.flops import tower_flops
 from vilau.training.losses import NO_CAPTION, contrastive_loss
 from vilau.training.optimizers import build_optimizers, lr_share, set_lr
 from vilau.training.perceptual import build_perceptual
@@ -160,6 +162,21 @@ class TowerStage(Stage):
         """Let the codebook's averages move once a step, for the statistics of all its micro-batches."""
         self.tower.quantizer.batches_per_update = len(batches)
         return batches
+
+    @cached_property
+    def _flops(self) -> float:
+        each = tower_flops(self.tower.config)
+        drawing = each.draw * self.config.reconstruction_share if self.reconstruct else 0.0
+        reading = 3 * each.embed + each.text * (3 if not self.quantize or self.config.train_text_encoder else 1)
+        return 3 * (each.encode + drawing) + (reading if self.contrast else 0.0)
+
+    def work(self, batch: TowerBatch) -> dict[str, float]:
+        """Return pictures and operations of a micro-batch, without those of perceptual loss and discriminator."""
+        return {"images": float(len(batch.pixels)), "flops": self._flops * len(batch.pixels)}
+
+    def sharded_blocks(self) -> list[torch.nn.Module]:
+        layers = self.tower.image_encoder.encoder.layers[:-1]  # the last one is left out where there is no contrast
+        return [layer for layer in layers if any(p.requires_grad for p in layer.parameters())]
 
     def make_batch(self, step: int, rank: int, world_size: int) -> TowerBatch:
         share = local_numbers(step, self.config.batch_size, rank, world_size)
