@@ -262,3 +262,21 @@ def test_auto_classes(make_model: Callable[..., Any], tmp_path: Path) -> None:
     register(), register()
     make_model().save_pretrained(tmp_path)
     assert type(AutoModelForImageTextToText.from_pretrained(tmp_path)) is VilaUForConditionalGeneration
+
+
+@torch.no_grad()
+def test_continuous_tokens_answer_in_text_and_cannot_draw(make_model: Callable[..., Any], tmp_path: Path) -> None:
+    """Quantizer `none`, saved and loaded again: a picture conditions text; asking for a picture is a clear error."""
+    model = make_model(quantizer="none")
+    model.save_pretrained(tmp_path)
+    model = VilaUForConditionalGeneration.from_pretrained(tmp_path).eval()
+    pixels = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    ids = torch.tensor([[1, 3, 36, 0, 0, 0, 0, 37, 4]])
+    kinds = torch.tensor([[T, T, T, V, V, V, V, T, T]])
+    logits = model(ids, kinds, pixel_values=pixels).logits
+    assert not torch.allclose(logits[:, -1], model(ids, kinds, pixel_values=-pixels).logits[:, -1])
+    told = model.generate(ids, kinds, pixel_values=pixels, max_new_tokens=3, do_sample=False)
+    assert told.shape[0] == 1 and int(told[0, 0]) == int(logits[0, -1].argmax())
+    for mode in ("image", "video"):
+        with pytest.raises(ValueError, match="continuous tokens.*cannot draw"):
+            model.generate(ids, kinds, pixel_values=pixels, generation_mode=mode, guidance_scale=1)
