@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from PIL import Image
 
 from vilau.data.nano.dataset import ImageTextDataset
 from vilau.data.nano.world import World
+from vilau.processing.images import resize_square
 from vilau.training.config import TrainConfig, load_config
-from vilau.training.data import build_pairs, load_tokenizer, stage_seed
+from vilau.training.data import build_pairs, load_tokenizer, stage_seed, validation_pairs
 from vilau.training.engine import Engine, EngineOptions, TrainingError
 from vilau.training.run import build_stage, run
 
@@ -43,12 +45,9 @@ def jpeg(pixels: np.ndarray) -> bytes:
 
 def bomb() -> bytes:
     """A PNG of a few bytes that says it has 900 megapixels."""
-    content = bytearray()
     out = io.BytesIO()
     Image.new("RGB", (1, 1)).save(out, "PNG")
-    content += out.getvalue()
-    import zlib
-
+    content = bytearray(out.getvalue())
     header = b"IHDR" + (30_000).to_bytes(4, "big") * 2 + content[24:29]
     content[12:33] = header + zlib.crc32(header).to_bytes(4, "big")
     return bytes(content)
@@ -82,13 +81,14 @@ def folder(path: Path, **fields: Any) -> dict[str, Any]:
 
 def test_a_folder_of_pictures_trains_every_stage(pets: Path, tmp_path: Path) -> None:
     """From a folder of pictures with captions, through four stages, to a model that loads; both ways round"""
-    config = own(CONFIG, tmp_path / "run", [folder(pets)], "data.augment={crop: random, flip: 0.5}")
+    steps = [f"stages.{name}.steps=2" for name in STAGES]
+    config = own(CONFIG, tmp_path / "run", [folder(pets)], "data.augment={crop: random, flip: 0.5}", *steps)
     result = run(config, show_progress=False)
     from vilau.modeling.vila_u import VilaUModel
 
     assert VilaUModel.from_pretrained(result).config.vision_config.image_size == 32
     lines = [json.loads(line) for line in (tmp_path / "run" / "sft" / "metrics.jsonl").read_text().splitlines()]
-    assert {"text/image_text", "visual/text_image"} <= set(lines[-1])
+    assert {"text/image_text", "visual/text_image"} <= set(lines[-1])  # both ways round
 
 
 @pytest.mark.parametrize("name", ["align", "pretrain"])
@@ -220,6 +220,26 @@ def test_mistakes_are_said_before_the_first_step(
     with pytest.raises(ValueError, match=message):
         run(own(CONFIG, tmp_path / "run", entries, *overrides), show_progress=False)
     assert not (tmp_path / "run" / "align" / "checkpoints").exists()
+
+
+def test_validation_pairs_are_plain(pets: Path, tmp_path: Path) -> None:
+    """Towers are measured on held-out pictures as they are: no augmentation, each once, bad ones left out."""
+    (tmp_path / "held").mkdir()
+    for number in range(3):
+        for ending in ("png", "txt"):
+            (tmp_path / "held" / f"{number}.{ending}").write_bytes((pets / f"00{number}.{ending}").read_bytes())
+    held = json.dumps([folder(tmp_path / "held")])
+    overrides = (f"data.validation={held}", "data.augment={crop: random, flip: 0.5}")
+    pairs = validation_pairs(own(CONFIG, tmp_path, [folder(pets)], *overrides), 32)
+    captions = [(pets / f"00{number}.txt").read_text() for number in range(3)]
+    assert sorted(words for _, words in pairs) == sorted(captions)
+    for pixels, words in pairs:
+        with Image.open(pets / f"00{captions.index(words)}.png") as picture:
+            assert np.array_equal(pixels, np.asarray(resize_square(picture.convert("RGB"), 32)))
+    limited = own(CONFIG, tmp_path, [folder(pets)], *overrides, "validation_samples=2")
+    assert len(validation_pairs(limited, 32)) == 2
+    with pytest.raises(ValueError, match=r"unknown key 'data.validation.0.folder.pth'; did you mean 'path'"):
+        own(CONFIG, tmp_path, [folder(pets)], 'data.validation=[{"format": "folder", "path": "x", "pth": "y"}]')
 
 
 def test_a_stage_may_name_its_sources(pets: Path, tmp_path: Path) -> None:

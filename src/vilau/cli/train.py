@@ -24,9 +24,11 @@ from vilau.modeling.vila_u import VilaUModel
 from vilau.modeling.vision_tower import VisionTower
 from vilau.processing.images import to_pixels
 from vilau.training.config import TrainConfig, load_config
+from vilau.training.data import load_world, validation_pairs
+from vilau.training.data import load_world
 from vilau.training.engine import StopRequested, TrainingError
 from vilau.training.language import LanguageStage
-from vilau.training.run import Hooks, load_world, run
+from vilau.training.run import Hooks, run
 from vilau.training.stage import Stage
 from vilau.training.vision_tower import TowerStage, to_pixel_values
 
@@ -61,10 +63,17 @@ def train(config: Path, overrides: list[str]) -> None:
         typer.echo(str(result))
 
 
-def tower_validation(config: TrainConfig) -> TowerValidation:
-    """Return what measures the towers of a run, on held-out pictures of its world."""
+def tower_validation(config: TrainConfig) -> TowerValidation | None:
+    """Return what measures the towers of a run, on held-out pictures; None for data of one's own without any."""
+    if config.data.sources and not config.data.validation:
+        return None
 
     def data(image_size: int) -> ValidationSet:
+        if config.data.validation:
+            pairs = validation_pairs(config, image_size)
+            return ValidationSet(
+                "data.validation", np.stack([pixels for pixels, _ in pairs]), tuple(w for _, w in pairs)
+            )
         return nano_validation(load_world(config), image_size, config.validation_samples)
 
     return TowerValidation(data, lambda: load_extractor(config.validation_extractor))

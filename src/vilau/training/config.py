@@ -169,6 +169,9 @@ class DataConfig(_Strict):
     sources: list[AnySource] = Field(
         default_factory=list, description="data as it lies; `docs/data.md` has the formats"
     )
+    validation: list[AnySource] = Field(
+        default_factory=list, description="pairs that towers are measured on, none of them in `sources`"
+    )
     tokenizer: str | None = Field(None, description="folder or hub id of a tokenizer; the nano world's if absent")
     template: str = Field("vilau", description="chat template where no model brings one: vilau, vicuna_v1")
     augment: AugmentConfig = Field(default_factory=AugmentConfig, description="of the tower's pictures from sources")
@@ -303,7 +306,7 @@ def _explain(item: Any) -> str:
 def _known_keys(path: tuple[int | str, ...]) -> list[str]:
     """Return the keys that may stand in the group of the configuration at `path`."""
     group: Any = TrainConfig
-    if path[:2] == ("data", "sources") and len(path) > 3:  # path[2] is a number, path[3] the source's format
+    if path[:2] in (("data", "sources"), ("data", "validation")) and len(path) > 3:  # then its number and its format
         group, path = find_format(str(path[3])), path[4:]
     for part in path:
         for kind in (_fields(group).get(str(part), group), *get_args(_fields(group).get(str(part), group))):

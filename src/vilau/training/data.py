@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from transformers import AutoTokenizer
 
 from vilau.data.feed import PairFeed, SampleFeed
@@ -14,6 +15,7 @@ from vilau.data.mixture import Entry, Mixture
 from vilau.data.nano.dataset import ImageTextDataset, NanoDataset
 from vilau.data.nano.world import ASSETS, World
 from vilau.data.sources.source import ReadOptions, SourceConfig
+from vilau.processing.augment import AugmentConfig
 from vilau.processing.templates import OURS
 from vilau.training.config import STAGE_ORDER, LanguageStageConfig, StageName, TrainConfig
 
@@ -123,12 +125,33 @@ def build_mixture(
     return mixture
 
 
+def validation_pairs(config: TrainConfig, size: int) -> list[tuple[np.ndarray, str]]:
+    """Return pictures ``(size, size, 3)`` uint8 and captions of `data.validation`, `validation_samples` at most.
+
+    Samples that cannot be used give way to others, as in training; nothing is augmented.
+
+    Raises:
+        ValueError: a source that is not there, cannot be read at all or holds no pairs.
+    """
+    options = _read_options(config, 8)
+    entries = [Entry(source.open(options), "size", 1.0) for source in config.data.validation]
+    plain = AugmentConfig(resize=config.data.augment.resize)
+    feed = PairFeed(Mixture(entries, seed=0), size, plain, seed=0)
+    feed.probe()
+    assert feed.mixture.total is not None
+    return [feed[number] for number in range(min(config.validation_samples, feed.mixture.total))]
+
+
+def _read_options(config: TrainConfig, num_frames: int) -> ReadOptions:
+    settings = config.data
+    return ReadOptions(num_frames, settings.max_pixels, cache=Path(settings.cache) if settings.cache else None)
+
+
 def open_sources(
     config: TrainConfig, num_frames: int, weights: Mapping[str, float] | None = None, where: str = "mixture"
 ) -> list[Entry]:
     """Open the sources of a configuration, those of `weights` only where it names some."""
-    settings = config.data
-    options = ReadOptions(num_frames, settings.max_pixels, cache=Path(settings.cache) if settings.cache else None)
+    settings, options = config.data, _read_options(config, num_frames)
     sources: dict[str, SourceConfig] = {}
     for source in settings.sources:
         if source.label in sources:
