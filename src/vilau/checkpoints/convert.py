@@ -341,6 +341,8 @@ def _check_ours(source: Path, config: VilaUConfig, weights: WeightFiles) -> None
         problems.append(f"encoder_type {vision.encoder_type!r}")
     if vision.quantizer != "rq":
         problems.append(f"quantizer {vision.quantizer!r}")
+    if vision.codebook_learning != "ema":
+        problems.append(f"codebook_learning {vision.codebook_learning!r} (a basis and its map)")
     if vision.stem != "patch":
         problems.append(f"stem {vision.stem!r}")
     if vision.code_dim is not None:
