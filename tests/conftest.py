@@ -127,3 +127,25 @@ def make_model(make_config: Callable[..., Any]) -> Callable[..., Any]:
         return model
 
     return build
+
+
+@pytest.fixture
+def mini_cells(tmp_path: Path) -> Path:
+    """A folder with two experiment cells of the smallest size: `align`, and `unified` that starts from it."""
+    import yaml
+
+    whole = yaml.safe_load((ROOT / "configs" / "nano" / "debug.yaml").read_text())
+    stages = whole.pop("stages")
+    whole |= {"validation_samples": 12, "validate_every": 3, "save_every": 2, "log_every": 2, "sample_every": 1000}
+    whole["data"]["objects"] = 4
+    start = str(tmp_path / "runs" / "align" / "align" / "final")
+    cells = {
+        "align": {"align": stages["align"] | {"steps": 2}},
+        "unified": {"vision_tower": stages["vision_tower"] | {"steps": 6, "init_from": start}},
+    }
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    for name, part in cells.items():
+        config = whole | {"name": f"mini-{name}", "output": str(tmp_path / "runs" / name), "stages": part}
+        (folder / f"mini-{name}.yaml").write_text(yaml.safe_dump(config))
+    return folder

@@ -25,7 +25,6 @@ from vilau.modeling.vision_tower import VisionTower
 from vilau.processing.images import to_pixels
 from vilau.training.config import TrainConfig, load_config
 from vilau.training.data import load_world, validation_pairs
-from vilau.training.data import load_world
 from vilau.training.engine import StopRequested, TrainingError
 from vilau.training.language import LanguageStage
 from vilau.training.run import Hooks, run

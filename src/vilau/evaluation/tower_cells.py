@@ -29,8 +29,9 @@ from vilau.evaluation.tower_suite import load_tower, measure_finished
 from vilau.evaluation.validation import TowerValidation, write_json
 from vilau.modeling.vision_tower import VisionTower
 from vilau.training.config import TrainConfig, load_config
+from vilau.training.data import load_world
 from vilau.training.engine import TrainingError
-from vilau.training.run import Hooks, load_world, run
+from vilau.training.run import Hooks, run
 from vilau.training.stage import Stage
 from vilau.training.stopping import StopRequested
 
