@@ -162,3 +162,21 @@ def test_pictures_followed_by_nothing_keep_the_trained_prompt(small: Subject) ->
     dropped = small.processor.encode_sample(small.sample("text_image"), drop_text=True)
     prompt = small.processor.unconditional("image")["input_ids"][0]
     assert dropped.input_ids[: len(prompt)].tolist() == prompt.tolist()
+
+
+def test_a_tie_of_two_codes_is_no_difference(small: Subject) -> None:
+    """Codes that are as near as ours but for rounding are the reference's right; any other code is a difference."""
+    codes = small.codes.clone()
+    assert small.only_ties(small.features, codes)
+    wrong = codes.clone()
+    wrong[0, 3, 1] = (wrong[0, 3, 1] + 1) % small.config.vision_config.codebook_size
+    assert not small.only_ties(small.features, wrong)
+    book = small.model.vision_tower.quantizer.codebook
+    used = int(codes[0, 3, 0])
+    unused = next(k for k in range(book.shape[1]) if not bool((codes == k).any()))
+    kept = book[0, unused].clone()
+    try:
+        book[0, unused] = book[0, used]  # the same vector under another number
+        assert small.only_ties(small.features, torch.where(codes == used, unused, codes))
+    finally:
+        book[0, unused] = kept

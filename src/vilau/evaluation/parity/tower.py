@@ -25,7 +25,9 @@ def hidden(subject: Subject, found: re.Match[str]) -> Outcome:
 
 def codes(subject: Subject, found: re.Match[str]) -> Outcome:
     """Codes of both pictures as maps."""
-    return Outcome(_first(subject, found[0], subject.codes.unflatten(1, (subject.grid, subject.grid))), "equal")
+    maps = subject.codes.unflatten(1, (subject.grid, subject.grid))
+    note = f"rounding decides {subject.ties} positions, where the reference's codes are taken" if subject.ties else ""
+    return Outcome(_first(subject, found[0], maps), "equal", note=note)
 
 
 def projector(subject: Subject, found: re.Match[str]) -> Outcome:
