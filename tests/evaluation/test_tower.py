@@ -10,7 +10,7 @@ import torch
 from vilau.configuration import VisionTowerConfig
 from vilau.data.nano.world import HELDOUT, World
 from vilau.evaluation.tower import ValidationSet, ZeroShot, code_figures, measure_tower, retrieval
-from vilau.evaluation.tower_data import nano_validation
+from vilau.evaluation.tower_data import nano_validation, pairs_validation
 from vilau.modeling.codebook_usage import codebook_usage
 from vilau.modeling.vision_tower import VisionTower
 
@@ -72,6 +72,15 @@ def test_what_cannot_be_measured_is_left_out(tower: VisionTower) -> None:
     assert not [name for name in measure_tower(tower, data).metrics if "retrieval" in name]
     aligned = measure_tower(tower, data, _ids, quantize=False, reconstruct=False).metrics
     assert set(aligned) == {"retrieval_image_to_text", "retrieval_text_to_image"}
+
+
+def test_captions_that_repeat_are_classes() -> None:
+    """Pairs of one's own are classified where captions repeat, as class names do, and only then."""
+    frames = _pictures(6)
+    data = pairs_validation("own", [(frame, f"a photo of a {word}") for frame, word in zip(frames, "xyxyxx")])
+    assert data.tasks[0].wanted == (0, 1, 0, 1, 0, 0)
+    assert data.tasks[0].prompts == (("a photo of a x",), ("a photo of a y",))
+    assert pairs_validation("own", [(frame, word) for frame, word in zip(frames, "abcdef")]).tasks == ()
 
 
 def test_nano_validation_shows_held_out_combinations_only() -> None:

@@ -18,7 +18,8 @@ from vilau.configuration import VilaUConfig
 from vilau.data.nano.scenes import contact_sheet
 from vilau.evaluation.features import load_extractor
 from vilau.evaluation.tower import ValidationSet
-from vilau.evaluation.tower_data import nano_validation
+from vilau.evaluation.tower_data import nano_validation, pairs_validation
+from vilau.evaluation.tower_pictures import reconstruction_rows
 from vilau.evaluation.validation import TowerValidation
 from vilau.modeling.vila_u import VilaUModel
 from vilau.modeling.vision_tower import VisionTower
@@ -69,10 +70,7 @@ def tower_validation(config: TrainConfig) -> TowerValidation | None:
 
     def data(image_size: int) -> ValidationSet:
         if config.data.validation:
-            pairs = validation_pairs(config, image_size)
-            return ValidationSet(
-                "data.validation", np.stack([pixels for pixels, _ in pairs]), tuple(w for _, w in pairs)
-            )
+            return pairs_validation("data.validation", validation_pairs(config, image_size))
         return nano_validation(load_world(config), image_size, config.validation_samples)
 
     return TowerValidation(data, lambda: load_extractor(config.validation_extractor))
@@ -92,11 +90,8 @@ def draw_samples(stage: Stage, step: int, folder: Path) -> None:
 
 def _reconstructions(tower: VisionTower, frames: torch.Tensor) -> tuple[torch.Tensor, list[str]]:
     """Rows of originals, then decodings of the first 1, 2 ... D code vectors: ``(rows * N, 3, S, S)``."""
-    pixels = to_pixel_values(frames).to(tower.device)
-    partial = tower.partial_features(pixels)  # (N, P, D, C)
-    depths = range(partial.shape[2])
-    rows = [pixels, *(tower.decode_features(partial[:, :, depth]) for depth in depths)]
-    names = ["original", *(f"depth {depth + 1}" for depth in depths)]
+    rows = reconstruction_rows(tower, to_pixel_values(frames).to(tower.device))
+    names = ["original", *(f"depth {depth}" for depth in range(1, len(rows)))]
     return torch.cat(rows), [name for name in names for _ in range(len(frames))]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from vilau.data.nano.dataset import ImageTextDataset, pick_scene
@@ -12,6 +14,21 @@ from vilau.data.nano.world import HELDOUT, World
 from vilau.evaluation.tower import ValidationSet, ZeroShot
 
 _SCENES = {"single": 0.8, "small": 0.2}
+
+
+def pairs_validation(name: str, pairs: Sequence[tuple[np.ndarray, str]]) -> ValidationSet:
+    """Return a validation set of pictures ``(S, S, 3)`` uint8 with captions.
+
+    Where captions repeat, as those made from the names of classes do, they are also classes for zero-shot
+    classification: from 2 to half as many as there are pictures.
+    """
+    frames, captions = np.stack([pixels for pixels, _ in pairs]), tuple(words for _, words in pairs)
+    classes = tuple(dict.fromkeys(captions))
+    tasks: tuple[ZeroShot, ...] = ()
+    if 2 <= len(classes) <= len(pairs) / 2:
+        wanted = tuple(classes.index(caption) for caption in captions)
+        tasks = (ZeroShot("captions", frames, wanted, tuple((caption,) for caption in classes)),)
+    return ValidationSet(name, frames, captions, tasks)
 
 
 def nano_validation(world: World, image_size: int, pictures: int = 512, seed: int = 0) -> ValidationSet:

@@ -20,7 +20,7 @@ def reconstruction_rows(tower: VisionTower, pixel_values: torch.Tensor) -> list[
 
     A tower of continuous tokens has no codes and one row beside the originals.
     """
-    partial = tower.quantizer.partial_features(tower.features(pixel_values))  # (N, P, D, C)
+    partial = tower.partial_features(pixel_values)  # (N, P, D, C)
     return [pixel_values, *(tower.decode_features(part).clamp(-1, 1) for part in partial.unbind(2))]
 
 

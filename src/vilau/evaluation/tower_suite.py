@@ -6,20 +6,18 @@ import os
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
-from vilau.checkpoints.layout import resolve
 from vilau.data.nano.world import World
 from vilau.evaluation.features import FeatureExtractor, load_extractor
 from vilau.evaluation.subject import weights_digest
 from vilau.evaluation.tower import EncodeTexts, TowerFigures, ValidationSet, measure_tower
 from vilau.evaluation.tower_data import nano_validation
-from vilau.model import VilaUForConditionalGeneration
 from vilau.modeling.vision_tower import VisionTower
-from vilau.shipped import TOWER_TYPE, find_tower, model_type
+from vilau.shipped import find_tower
 from vilau.training.vision_tower import encode_captions
 
 SUITE_VERSION = 1
@@ -108,8 +106,4 @@ def load_tower(model: str | os.PathLike[str] | None = None) -> VisionTower:
     Raises:
         ValueError: there is no such tower, or its files do not fit.
     """
-    folder = resolve(find_tower(model))
-    if model_type(folder) == TOWER_TYPE:
-        return VisionTower.from_pretrained(folder, dtype=torch.float32).eval()
-    whole = VilaUForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    return cast(VisionTower, whole.vision_tower).eval()
+    return VisionTower.from_pretrained(find_tower(model), dtype=torch.float32).eval()
