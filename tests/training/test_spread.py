@@ -15,11 +15,13 @@ import torch
 import torch.distributed as dist
 
 from vilau.modeling.vila_u import VilaUModel
+from vilau.modeling.vision_tower import VisionTower
 from vilau.training import parallel, spread
 from vilau.training.checkpoint import newest_intact
 from vilau.training.config import ScaleConfig, load_config
 from vilau.training.engine import Engine, EngineOptions
 from vilau.training.run import build_stage
+from vilau.training.vision_tower import to_pixel_values
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "nano" / "debug.yaml"
 FIGURES = {"pretrain": ("text", "visual", "grad_norm"), "vision_tower": ("contrast", "pixel", "grad_norm")}
@@ -186,6 +188,20 @@ def test_bfloat16_is_refused_where_it_is_slow_and_trains_where_it_is_allowed(
     found, expected = figures(tmp_path / "bf16"), figures(tmp_path / "float32")
     assert found != expected
     assert found[0][:2] == pytest.approx(expected[0][:2], rel=0.02)
+    train(tmp_path / "tower", "vision_tower", steps=2, precision="bf16", allow_slow=True)
+    tower = VisionTower.from_pretrained(tmp_path / "tower" / "final")
+    assert tower.quantizer.codebook.dtype == tower.pixel_decoder.conv_out.weight.dtype == torch.float32
+
+
+def test_codes_do_not_depend_on_the_precision_of_training(tmp_path: Path) -> None:
+    """Codes made on the fly under bf16 are those that `vilau data codes` stores in float32."""
+    overrides = [f"output={tmp_path}", "stages.pretrain.batch_size=2"]
+    stage: Any = build_stage(load_config(CONFIG, overrides), "pretrain", None)
+    stage.train_mode()
+    batch = stage.make_batch(0, 0, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = stage._pictures(batch)
+    assert torch.equal(found, stage.model.vision_tower.encode(to_pixel_values(batch.frames)))
 
 
 def test_switches_that_cannot_be_are_errors(tmp_path: Path) -> None:

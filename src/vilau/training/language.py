@@ -123,14 +123,14 @@ class LanguageStage(Stage):
         """Return loss and figures of a prepared micro-batch; one that was not prepared is a step of its own."""
         counted = batch if isinstance(batch, CountedBatch) else self.prepare([batch])[0]
         batch = counted.batch.to(self.model.device)
-        frames = to_pixel_values(batch.frames) if len(batch.frames) else None
+        codes, pixel_values = self._pictures(batch)
         losses = self.model.losses(
             batch.input_ids,
             batch.kinds,
             batch.text_targets,
             batch.visual_targets,
-            codes=batch.codes if len(batch.codes) else None,
-            pixel_values=frames,
+            codes=codes,
+            pixel_values=pixel_values,
             position_ids=batch.position_ids,
             fused=self.config.fused_loss,
         )
@@ -143,6 +143,18 @@ class LanguageStage(Stage):
             "shortened": (float(batch.shortened), len(batch.sample_ids)),
         }
         return StepResult(loss, sums | _by_form(losses, batch))
+
+    def _pictures(self, batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return codes, or pixels for a tower without; codes are made in float32 in any precision, as stored ones."""
+        if len(batch.codes):
+            return batch.codes, None
+        if not len(batch.frames):
+            return None, None
+        pixel_values, tower = to_pixel_values(batch.frames), self.model.vision_tower
+        if not tower.quantizer.discrete:
+            return None, pixel_values
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            return tower.encode(pixel_values), None
 
     def save_result(self, folder: Path) -> None:
         if self.adapters is None:
