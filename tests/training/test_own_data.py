@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import json
 import re
+import tarfile
 import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -93,8 +96,21 @@ def test_a_folder_of_pictures_trains_every_stage(pets: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", ["align", "pretrain"])
 def test_own_data_has_one_global_order(name: Any, pets: Path, tmp_path: Path) -> None:
-    """R10: 0, 1 and 3 workers, 1 and 2 processes and a resumed run read the same pictures, augmentation included."""
-    sources = [folder(pets, name="a", weight=3), folder(pets, name="b", epochs=0.25)]
+    """R10: 0, 1 and 3 workers, 1 and 2 processes and a resumed run read the same of three formats, augmentation too."""
+    pictures = [(path.read_bytes(), path.with_suffix(".txt").read_bytes()) for path in sorted(pets.glob("*.png"))]
+    with tarfile.open(tmp_path / "shard.tar", "w") as archive:
+        for number, pair in enumerate(pictures[:40]):
+            for ending, content in zip(("png", "txt"), pair):
+                member = tarfile.TarInfo(f"{number}.{ending}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    rows = {"image": [image for image, _ in pictures[40:]], "text": [words.decode() for _, words in pictures[40:]]}
+    pq.write_table(pa.table(rows), tmp_path / "rows.parquet", row_group_size=8)
+    sources = [
+        folder(pets, weight=3),
+        {"format": "webdataset", "path": str(tmp_path / "shard.tar")},
+        {"format": "parquet", "path": str(tmp_path / "rows.parquet"), "epochs": 0.25},
+    ]
     config = own(CONFIG, tmp_path, sources, "data.augment={crop: random, flip: 0.5}")
     stage = build_stage(config, name, None)
 
@@ -208,7 +224,11 @@ def test_too_many_corrupt_samples_stop_the_run(corrupt: list[dict[str, Any]], tm
         ("pets", ("stages.align.mixture={pets: 0}",), "weight 0.0, but it must be above 0"),
         ("pets", ("data.sources.0.weight=-2",), "weight -2.0, but it must be above 0"),
         ("pets", ("data.sources.0.epochs=0.5",), "reads 6 steps x 16 = 96 samples, but its sources give 48"),
-        ("pets", ("data.tokenizer=/no/such/tokenizer",), "cannot load '/no/such/tokenizer'"),
+        (
+            "pets",
+            ("data.tokenizer=/no/such/tokenizer",),
+            "data.tokenizer: no tokenizer could be loaded from /no/such/tokenizer",
+        ),
         ("pets", ("data.sources.0.min_side=100",), r"none of 32 samples tried can be used \(too_small 32\)"),
     ],
 )

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from vilau.data.mixture import Entry
     from vilau.data.sample import Sample
     from vilau.data.sources.source import SourceConfig
-    from vilau.processing.encode import EncodedSample
+    from vilau.processing.encode import EncodedSample, Supervise
     from vilau.processing.processor import VilaUProcessor
+    from vilau.training.config import LanguageStageConfig, TrainConfig
 
 FORMAT_HELP = "The data's format, where its content does not tell; `docs/data.md` has the names."
 SET_HELP = "A field of the format or, with a configuration, a key of it; may be given several times."
@@ -35,6 +36,7 @@ class Reader:
     row_length: int | None
     text_length: int | None
     pairs_only: bool
+    supervise: Supervise = "latter"
 
     def encode(self, sample: Sample) -> EncodedSample:
         """Encode a sample as training does; ``BadSample`` where training would skip it."""
@@ -50,6 +52,7 @@ class Reader:
                 processor.tokenizer,
                 processor.template,
                 processor.positions_per_frame,
+                supervise=self.supervise,
                 max_length=self.row_length,
             )
         except BadSample:
@@ -96,23 +99,44 @@ def open_reader(path: Path, format_name: str | None, settings: Sequence[str], mo
 
 
 def _of_configuration(path: Path, overrides: Sequence[str]) -> Reader:
-    from vilau.processing.processor import build_processor
-    from vilau.training.config import LanguageStageConfig, load_config
-    from vilau.training.data import load_tokenizer
-    from vilau.training.model_config import build_config
+    from vilau.training.config import STAGE_ORDER, LanguageStageConfig, load_config
 
     config = load_config(path, list(overrides))
     if not config.data.sources:
         raise ValueError(f"{path} reads the nano world, which is made while training: there are no files to look at")
-    tokenizer = load_tokenizer(config)
-    model = build_config(config, tokenizer)
-    rows = [stage.row_length for stage in config.stages.values() if isinstance(stage, LanguageStageConfig)]
-    entries, problems = _open(config.data.sources, model.num_frames, config.data.max_pixels, config.data.cache)
-    processor = build_processor(tokenizer, model)
+    stages = [config.stages[name] for name in STAGE_ORDER if name in config.stages]
+    speaking = [stage for stage in stages if isinstance(stage, LanguageStageConfig)]
+    processor = _processor_of(config, speaking[0] if speaking else None)
+    frames, limit, cache = processor.num_frames, config.data.max_pixels, config.data.cache
+    entries, problems = _open(config.data.sources, frames, limit, cache)
     text_length = None
-    if "align" in config.stages or "vision_tower" in config.stages:
+    if len(speaking) < len(stages):
         text_length = int(config.text_encoder.get("max_position_embeddings", 64))  # SigLIP's own default
-    return Reader(entries, problems, processor, max(rows, default=None), text_length, not rows)
+    row_length = max((stage.row_length for stage in speaking), default=None)
+    supervise = speaking[0].supervise if speaking else "latter"
+    return Reader(entries, problems, processor, row_length, text_length, not speaking, supervise)
+
+
+def _processor_of(config: TrainConfig, stage: LanguageStageConfig | None) -> VilaUProcessor:
+    """The processor that the first language stage trains with: of the model it starts from, or as configured."""
+    from vilau.processing.processor import VilaUProcessor, build_processor
+    from vilau.processing.templates import ChatTemplate
+    from vilau.training import language_model
+    from vilau.training.data import load_tokenizer
+    from vilau.training.language_init import starting_folder
+    from vilau.training.model_config import build_config
+
+    template = ChatTemplate.from_dict(config.data.template)
+    if stage is not None and stage.init_from:
+        folder = starting_folder(stage.init_from)
+        if (folder / "processor_config.json").is_file():
+            return VilaUProcessor.from_pretrained(folder)
+    if stage is not None and stage.init_language_model:
+        path = config.data.tokenizer or stage.init_language_model
+        tokenizer = language_model.load_tokenizer(path, template)
+    else:
+        tokenizer = load_tokenizer(config)
+    return build_processor(tokenizer, build_config(config, tokenizer), template)
 
 
 def _of_path(path: Path, format_name: str | None, settings: Sequence[str], model: str | None) -> Reader:

@@ -16,7 +16,8 @@ from vilau.data.nano.dataset import ImageTextDataset, NanoDataset
 from vilau.data.nano.world import ASSETS, World
 from vilau.data.sources.source import ReadOptions, SourceConfig
 from vilau.processing.augment import AugmentConfig
-from vilau.processing.templates import OURS
+from vilau.processing.templates import ChatTemplate
+from vilau.training import language_model
 from vilau.training.config import STAGE_ORDER, LanguageStageConfig, StageName, TrainConfig
 
 
@@ -34,8 +35,7 @@ def load_world(config: TrainConfig) -> World:
 def load_tokenizer(config: TrainConfig) -> Any:
     """Return the tokenizer of a configuration: `data.tokenizer`, else the nano world's.
 
-    A tokenizer of another kind gets what it lacks of a pad token and of the chat template's special tokens, in the
-    template's order at the end of its vocabulary.
+    Another one gets what it lacks of a pad token and of the special tokens of `data.template`.
 
     Raises:
         ValueError: there is no such tokenizer.
@@ -44,17 +44,9 @@ def load_tokenizer(config: TrainConfig) -> Any:
         folder = Path(config.data.world) if config.data.world else ASSETS
         return AutoTokenizer.from_pretrained(folder / "tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.data.tokenizer)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"data.tokenizer: cannot load {config.data.tokenizer!r}: {reason}") from error
-    known = tokenizer.get_vocab()
-    special = [token for token in OURS.special_tokens if token not in known]
-    if special:
-        tokenizer.add_special_tokens({"additional_special_tokens": special}, replace_extra_special_tokens=False)
-    if tokenizer.pad_token_id is None:
-        tokenizer.add_special_tokens({"pad_token": tokenizer.unk_token or tokenizer.eos_token or "<pad>"})
-    return tokenizer
+        return language_model.load_tokenizer(config.data.tokenizer, ChatTemplate.from_dict(config.data.template))
+    except ValueError as error:
+        raise ValueError(f"data.tokenizer: {error}") from error
 
 
 def build_pairs(config: TrainConfig, name: StageName, size: int, seed: int) -> ImageTextDataset | PairFeed:

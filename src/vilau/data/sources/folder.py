@@ -114,7 +114,7 @@ class FilesSource:
         beside = (self.root / name).with_suffix("")
         texts, records = (Path(f"{beside}{ending}") for ending in (".txt", ".json"))
         if texts.is_file() and self.config.caption_field is None:
-            return [decode_text(texts.read_bytes(), f"{name}: {texts.name}")]
+            return [decode_text(_bytes_of(texts), f"{name}: {texts.name}")]
         if records.is_file():
             record = parse_json(read_file(records, records.name), records.name)
             return captions_of(record, self.config.caption_field, records.name)
@@ -170,6 +170,14 @@ def _file_of(row: Any, field: str | None, where: str) -> str:
 def _below(root: Path, name: str) -> str:
     """The path of a file of the data set; an address stays one, so that decoding says what it is."""
     return name if "://" in name else str(root / name)
+
+
+def _bytes_of(path: Path) -> bytes:
+    """A small file's bytes, none where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def _walk(root: Path) -> list[str]:
