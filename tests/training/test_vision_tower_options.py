@@ -27,7 +27,7 @@ EVERYTHING: dict[str, Any] = {
     "adversarial_weight": 0.75,
     "adversarial_start": 2,
     "discriminator": {"channels": 8, "layers": 1},
-    "discriminator_optimizer": {"lr": 1e-3},
+    "discriminator_optimizer": {"lr": 1e-3, "warmup_steps": 50},
     "weight_ema": 0.5,
     "reconstruction_share": 0.6,
 }
@@ -127,6 +127,7 @@ def test_tower_and_discriminator_are_apart(make_stage: Callable[..., TowerStage]
     stage = make_stage(**EVERYTHING)
     optimizers = stage.build_optimizers()
     assert len(optimizers) == 2 and stage.discriminator is not None
+    assert optimizers[1].param_groups[0]["betas"] == (0.5, 0.9), "what the file leaves out is RQ-VAE's"
     groups = stage.clip_groups(optimizers)
     assert [group.name for group in groups] == ["", "discriminator"]
     own = {id(p) for p in stage.discriminator.parameters()}

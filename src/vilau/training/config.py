@@ -80,8 +80,14 @@ class DiscriminatorConfig(_Strict):
     groups: int = Field(32, ge=1, description="groups of every GroupNorm")
 
 
-def _discriminator_optimizer() -> OptimizerConfig:
-    return OptimizerConfig(lr=4e-5, betas=(0.5, 0.9), weight_decay=0.0, warmup_steps=0, final_lr=1.0)  # RQ-VAE's
+class DiscriminatorOptimizerConfig(OptimizerConfig):
+    """The same fields with RQ-VAE's values as defaults: a constant, low rate and little momentum."""
+
+    lr: float = Field(4e-5, gt=0, description="peak learning rate of AdamW")
+    betas: tuple[float, float] = (0.5, 0.9)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    final_lr: float = Field(1.0, ge=0, le=1, description="share of the peak at the end of the cosine")
 
 
 class TowerStageConfig(StageConfig):
@@ -117,7 +123,7 @@ class TowerStageConfig(StageConfig):
     adversarial_start: int = Field(0, ge=0, description="0-based step at which discriminator and its loss begin")
     adversarial_limit: float = Field(1e4, gt=0, description="largest adaptive weight")
     discriminator: DiscriminatorConfig = Field(default_factory=DiscriminatorConfig)
-    discriminator_optimizer: OptimizerConfig = Field(default_factory=_discriminator_optimizer)
+    discriminator_optimizer: DiscriminatorOptimizerConfig = Field(default_factory=DiscriminatorOptimizerConfig)
 
 
 class LoraConfig(_Strict):
