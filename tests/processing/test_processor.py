@@ -17,7 +17,8 @@ from PIL import Image
 from transformers import AutoProcessor, LlamaConfig, PreTrainedTokenizerFast
 
 from vilau.configuration import PositionKind, VilaUConfig
-from vilau.data.sample import Part, Sample, Turn
+from vilau.data.sample import Part, Sample, Turn, form_of
+from vilau.processing.augment import fit_sample
 from vilau.processing.images import normalise
 from vilau.processing.processor import VilaUProcessor, build_processor
 from vilau.processing.templates import OURS, ChatTemplate
@@ -73,6 +74,17 @@ def test_generation_mode_opens_the_answer(mode: Any, end: Any) -> None:
     assert tokens(inputs) == ["<s>", "<|user|>", "red", *opening] and "pixel_values" not in inputs
     if mode is not None:
         assert tokens(PROCESSOR.unconditional(mode, 2), 1) == ["<s>", "<|user|>", *opening]
+
+
+@pytest.mark.parametrize("mode", ["text", "image", "video", "interleaved"])
+def test_pictures_to_be_changed_are_cut_as_in_training(mode: Any) -> None:
+    """A wide picture is squashed to be understood, and cut to its centre where the answer is drawn: as samples are."""
+    wide = np.random.default_rng(1).integers(0, 256, (S, 2 * S, 3), dtype=np.uint8)
+    answer = Part("text", text="red") if mode == "text" else Part("image", frames=(wide,))
+    turns = (Turn("user", (Part("image", frames=(wide,)), Part("text", text="re"))), Turn("assistant", (answer,)))
+    trained = fit_sample(Sample("s", form_of(turns), turns), S).frames[0]
+    inputs = PROCESSOR.apply_chat_template(user(shown(wide), words("re")), mode)
+    assert np.array_equal(inputs["pixel_values"][0].numpy(), normalise(trained[None])[0])
 
 
 def test_batches_are_padded_on_the_left_and_keep_the_order_of_pictures() -> None:

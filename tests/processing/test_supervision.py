@@ -188,6 +188,18 @@ def test_dropped_prompts_are_the_unconditional_prompt(form: str, mode: str, temp
     assert dropped.visual_targets.sum() == len(dropped.frames) * P > 0
 
 
+@pytest.mark.parametrize(
+    ("form", "mode"), [("image_edit", "image"), ("image_video", "video"), ("mixed", "interleaved")]
+)
+def test_prompts_beyond_the_paper_are_prefixes_of_what_was_trained(form: str, mode: str) -> None:
+    """At inference the model meets the tokens that it learnt from, and nothing of a prompt is a target."""
+    prompt = encode_prompt(FORM_TURNS[form][:1], TOKENIZERS["vilau"], OURS, P, mode)  # type: ignore[arg-type]
+    whole = encode(FORM_TURNS[form], OURS)
+    assert whole.input_ids[: len(prompt)].tolist() == prompt.input_ids.tolist()
+    assert whole.kinds[: len(prompt)].tolist() == prompt.kinds.tolist()
+    assert not (prompt.text_targets | prompt.visual_targets).any()
+
+
 def test_mixed_answers_keep_their_prompt() -> None:
     """An answer that begins with text cannot be guided as a whole, so nothing is dropped there."""
     kept = encode(FORM_TURNS["mixed"], OURS, drop_text=True)

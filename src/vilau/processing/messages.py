@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..data.sample import Part, Turn
-from .images import to_array
+from .images import SquareMode, to_array
 from .templates import GenerationMode
 from .videos import to_frames
 
@@ -83,18 +83,31 @@ def count_characters(messages: Sequence[Message]) -> int:
     return sum(len(value) for kind, value in parts if kind == "text")
 
 
-def to_turns(messages: Sequence[Message], image_size: int, num_frames: int) -> tuple[Turn, ...]:
-    """Checked messages -> turns. Pictures are squashed to the square; films become ``num_frames`` frames."""
+def to_turns(
+    messages: Sequence[Message], image_size: int, num_frames: int, generation_mode: GenerationMode | None = None
+) -> tuple[Turn, ...]:
+    """Checked messages -> turns. Pictures are brought to the square; films become ``num_frames`` frames.
+
+    They are squashed, but cut to the centre where the answer is to be drawn or an earlier one was: training does the
+    same, so that what is edited lies over what it becomes.
+    """
     turns = []
+    drawn = generation_mode not in (None, "text") or any(
+        kind != "text"
+        for number, message in enumerate(messages)
+        if message["role"] == "assistant"
+        for kind, _ in _parts(message["content"], number)
+    )
+    square: SquareMode = "crop" if drawn else "squash"
     for number, message in enumerate(messages):
         parts: list[Part] = []
         for kind, value in _parts(message["content"], number):
             if kind == "text":
                 parts.append(Part("text", text=value))
             elif kind == "image":
-                parts.append(Part("image", frames=(to_array(value, image_size),)))
+                parts.append(Part("image", frames=(to_array(value, image_size, square),)))
             else:
-                parts.append(Part("video", frames=tuple(to_frames(value, num_frames, image_size))))
+                parts.append(Part("video", frames=tuple(to_frames(value, num_frames, image_size, square))))
         turns.append(Turn(role=message["role"], parts=tuple(parts)))
     return tuple(turns)
 

@@ -249,7 +249,7 @@ class VilaUProcessor(ProcessorMixin):
                 f"the prompt has {characters} characters, which are more tokens than the context of {limit}: "
                 "shorten the text"
             )
-        turns = to_turns(messages, self.image_size, num_frames)
+        turns = to_turns(messages, self.image_size, num_frames, mode)
         encoded = encode_prompt(turns, self.tokenizer, self.template, self.positions_per_frame, mode)
         answer = {
             "text": 1,
