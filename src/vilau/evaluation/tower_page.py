@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,8 @@ BEGIN = (
 )
 END = "<!-- end of the generated part -->"
 SCALE, LABEL = 3, 110
+CURVES_FILE, STRIP_FILE, DEPTHS_FILE = "curves.svg", "strip.png", "by-depth.png"
+MAIN_CELL = "unified"
 
 Result = Mapping[str, Any]
 
@@ -87,11 +88,16 @@ def _lines(cells: Mapping[str, Cell], results: Mapping[str, Result], out: Path) 
         lines += ["", f"## {group.title}", "", *_table(group.cells, results), ""]
         lines += [f"- `{name}`: {DESCRIPTIONS[name]}" for name in group.cells if name in DESCRIPTIONS]
     lines += ["", "## Against what the paper reports", "", *_claims(results)]
-    lines += ["", "## Curves", "", f"![Validation figures while training]({out.name}/curves.svg)"]
-    lines += ["", "Held-out pictures; the dashed line is chance."]
-    if any((out / f"{name}.png").is_file() for name in finished):
-        lines += ["", "## Pictures", "", f"![Originals and reconstructions]({out.name}/strip.png)", ""]
-        lines += ["The same held-out pictures, first as they are, then as each cell's tower gives them back."]
+    if finished:
+        lines += ["", "## Curves", "", f"![Validation figures while training]({out.name}/{CURVES_FILE})"]
+        lines += ["", "Held-out pictures; the dashed line is chance."]
+    if any(_rows(name, results, out) for name in finished):
+        lines += ["", "## Pictures", "", f"![Originals and reconstructions]({out.name}/{STRIP_FILE})", ""]
+        lines += [
+            "The same held-out pictures, first as they are, then as each cell's tower gives them back. Below, one"
+        ]
+        lines += ["cell's reconstructions from the first codes of each position:", ""]
+        lines += [f"![Reconstructions by depth]({out.name}/{DEPTHS_FILE})"]
     lines += ["", "## Codes by depth", "", *_depth_table(results)]
     lines += ["", "## Parameters and time", "", *_cost_table(results)]
     lines += _troubles(results, out)
@@ -232,14 +238,16 @@ def _write_curves(results: Mapping[str, Result], out: Path) -> None:
     for group in groups_of(results):
         panels = []
         for key, title in PANELS:
-            lines = {name: _points(results[name], key) for name in group.cells}
+            names = sorted(group.cells, key=lambda name: name != MAIN_CELL)  # in the same colour in every row
+            lines = {name: _points(results[name], key) for name in names}
             lines = {name: points for name, points in lines.items() if points}
             level = next((r["chance"][key] for r in results.values() if key in r.get("chance", {})), None)
             if lines:
                 panels.append(Panel(title, lines, level))
         if panels:
             rows.append((group.title, panels))
-    write_text(svg(rows, "steps"), out / "curves.svg")
+    if rows:
+        write_text(svg(rows, "steps"), out / CURVES_FILE)
 
 
 def _points(result: Result, key: str) -> list[tuple[float, float]]:
@@ -251,20 +259,31 @@ def _points(result: Result, key: str) -> list[tuple[float, float]]:
 
 
 def _write_strips(results: Mapping[str, Result], out: Path) -> None:
-    """Put the cells' pictures together: the originals once, then the last row of each, with its name."""
-    rows: list[tuple[str, Image.Image]] = []
-    for group in groups_of(results):
-        for name in group.cells:
-            file = out / f"{name}.png"
-            if not file.is_file() or results[name]["status"] != "done":
-                continue
-            with Image.open(file) as sheet:
-                side = results[name]["settings"]["model"]["vision_config"]["image_encoder_config"]["image_size"]
-                if not rows:
-                    rows.append(("originals", sheet.crop((0, 0, sheet.width, side)).copy()))
-                rows.append((name, sheet.crop((0, sheet.height - side, sheet.width, sheet.height)).copy()))
-    if not rows:
+    """Put the cells' pictures together: the originals once, then the last row of each cell; and one cell by depth."""
+    drawn = [name for group in groups_of(results) for name in group.cells if _rows(name, results, out)]
+    names = list(dict.fromkeys(drawn))
+    if not names:
         return
+    first = _rows(names[0], results, out)[0]
+    _save_strip([("originals", first), *((name, _rows(name, results, out)[-1]) for name in names)], out / STRIP_FILE)
+    shown = MAIN_CELL if MAIN_CELL in names else names[0]
+    rows = _rows(shown, results, out)
+    labels = ["originals", *(f"{depth} code{'s' * (depth > 1)}" for depth in range(1, len(rows)))]
+    _save_strip(list(zip(labels, rows, strict=True)), out / DEPTHS_FILE)
+
+
+def _rows(name: str, results: Mapping[str, Result], out: Path) -> list[Image.Image]:
+    """Return the rows of a cell's picture: originals, then decoded from the first 1 to D codes; nothing without one."""
+    file, result = out / f"{name}.png", results[name]
+    if not file.is_file() or result["status"] != "done":
+        return []
+    side = result["settings"]["model"]["vision_config"]["image_encoder_config"]["image_size"]
+    with Image.open(file) as sheet:
+        sheet.load()
+        return [sheet.crop((0, top, sheet.width, top + side)) for top in range(0, sheet.height, side)]
+
+
+def _save_strip(rows: Sequence[tuple[str, Image.Image]], target: Path) -> None:
     height, width = rows[0][1].height * SCALE, max(row.width for _, row in rows) * SCALE
     whole = Image.new("RGB", (LABEL + width, len(rows) * (height + 4)), "white")
     pen = ImageDraw.Draw(whole)
@@ -272,9 +291,4 @@ def _write_strips(results: Mapping[str, Result], out: Path) -> None:
         y = number * (height + 4)
         whole.paste(row.resize((row.width * SCALE, row.height * SCALE), Image.Resampling.NEAREST), (LABEL, y))
         pen.text((4, y + height // 2 - 6), name, fill="black")
-    whole.save(out / "strip.png", format="PNG", optimize=True)
-
-
-def load_results(out: Path) -> dict[str, Result]:
-    """Return every result file of a folder by name, whatever configuration it was made with."""
-    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob("*.json"))}
+    whole.save(target, format="PNG", optimize=True)
