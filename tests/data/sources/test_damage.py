@@ -6,7 +6,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data.sources.conftest import encoded, write_tar
@@ -61,6 +61,7 @@ def test_damaged_shards(damage: list[tuple[float, bytes]], cut: float) -> None:
 
 @settings(max_examples=80, deadline=None)
 @given(DAMAGE, st.floats(0.1, 1), st.sampled_from(["captions.csv", "captions.jsonl"]))
+@example([(0.0, b"\r")], 1.0, "captions.csv")
 def test_damaged_tables(damage: list[tuple[float, bytes]], cut: float, name: str) -> None:
     """Overwritten and cut tables of captions: quotes, line breaks, braces, names with NUL characters."""
     rows = [("p.png", f'caption "{number}",\nwith a break') for number in range(5)]

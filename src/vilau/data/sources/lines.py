@@ -50,9 +50,11 @@ class Table:
         self.columns: list[str] = []
         if not self.is_json:
             header = self._line(0) if len(self._starts) > 1 else ""
-            self.columns = [
-                name.strip() for name in next(csv.reader(io.StringIO(header), delimiter=self.delimiter), [])
-            ]
+            try:
+                names = next(csv.reader(io.StringIO(header), delimiter=self.delimiter), [])
+            except csv.Error as error:
+                raise ValueError(f"{path}: its first line is no row of CSV ({error})") from error
+            self.columns = [name.strip() for name in names]
             if not self.columns:
                 raise ValueError(f"{path} is empty: its first line must name the columns")
 
