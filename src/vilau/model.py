@@ -7,7 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, GenerationMixin
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    GenerationMixin,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vilau.checkpoints.auto import register_released
@@ -343,7 +350,8 @@ def register() -> None:
         AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModel.register(VisionTowerConfig, VisionTower, exist_ok=True)
     AutoModel.register(VilaUConfig, VilaUForConditionalGeneration, exist_ok=True)
-    AutoModelForImageTextToText.register(VilaUConfig, VilaUForConditionalGeneration, exist_ok=True)
+    for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        auto.register(VilaUConfig, VilaUForConditionalGeneration, exist_ok=True)
     AutoProcessor.register(VilaUConfig, VilaUProcessor, exist_ok=True)
     register_released(VilaUForConditionalGeneration, VilaUProcessor)
 

@@ -15,6 +15,7 @@ from vilau.checkpoints.released_config import siglip_configs
 from vilau.configuration import PositionKind, VilaUConfig
 from vilau.model import VilaUForConditionalGeneration, register
 from vilau.processing.processor import VilaUProcessor
+from vilau.shipped import SHIPPED_MODEL
 
 TEXT, VISUAL, PAD = PositionKind.TEXT, PositionKind.VISUAL, PositionKind.PAD
 
@@ -204,3 +205,22 @@ def test_shapes_of_the_published_sizes(encoder, settings, codes, tmp_path):
     assert shapes["vision_tower.quantizer.codebook"] == (1, 16384, image["hidden_size"])
     assert shapes["projector.fc1.weight"] == (4096, image["hidden_size"])
     assert shapes["depth_transformer.head.weight"] == (16384, 2560)
+
+
+@pytest.mark.parametrize("task", ["image-text-to-text", "any-to-any"])
+def test_the_librarys_pipelines_answer(task, tmp_path):
+    """`transformers.pipeline` reads pictures and talks as our own short way in does; drawing needs `generate`."""
+    from transformers import pipeline
+
+    import vilau.pipeline
+
+    register()
+    pipe = pipeline(task, model=str(SHIPPED_MODEL))
+    picture = Image.new("RGB", (40, 40), "red")
+    parts = [{"type": "image", "image": picture}, {"type": "text", "text": "what colour is it?"}]
+    answer = pipe([{"role": "user", "content": parts}], max_new_tokens=12, return_full_text=False)
+    expected = vilau.pipeline.Pipeline(pipe.model, pipe.processor).ask(picture, "what colour is it?", max_new_tokens=12)
+    assert answer[0]["generated_text"].strip() == expected != ""
+    begun = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hel"}]
+    with pytest.raises(ValueError, match="cannot be continued"):
+        pipe(begun, max_new_tokens=2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 from transformers.configuration_utils import PreTrainedConfig
 
 from vilau.checkpoints.released_config import MODEL_TYPE
@@ -27,5 +27,6 @@ def register_released(model: type, processor: type) -> None:
     stand_in = type(f"Released{model.__name__}", (model,), fields)
     AutoConfig.register(MODEL_TYPE, ReleasedConfig, exist_ok=True)
     AutoModel.register(ReleasedConfig, stand_in, exist_ok=True)
-    AutoModelForImageTextToText.register(ReleasedConfig, stand_in, exist_ok=True)
+    for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        auto.register(ReleasedConfig, stand_in, exist_ok=True)
     AutoProcessor.register(ReleasedConfig, processor, exist_ok=True)

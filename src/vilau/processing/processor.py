@@ -43,6 +43,7 @@ _LIBRARY_KEYS = {
     "chat_template",
     "trust_remote_code",
 }
+_PIPELINE_KEYS = ("code_revision", "trust_remote_code", "dtype", "device_map")  # of models
 _NO_LIMIT = 10**9  # tokenizers without a limit state an astronomic one
 
 
@@ -107,6 +108,8 @@ class VilaUProcessor(ProcessorMixin):
 
         hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         subfolder = kwargs.pop("subfolder", None) or ""
+        for name in _PIPELINE_KEYS:
+            kwargs.pop(name, None)
         folder = resolve(pretrained_model_name_or_path, subfolder, PROCESSOR_FILES, **hub)
         if (folder / "config.json").is_file() and find_layout(folder) == "released":
             from ..checkpoints.released_processor import load_released_processor
@@ -184,6 +187,8 @@ class VilaUProcessor(ProcessorMixin):
         tokenize: bool = True,
         return_dict: bool = True,
         return_tensors: str | None = "pt",
+        continue_final_message: bool = False,
+        processor_kwargs: Mapping[str, Any] | None = None,
     ) -> BatchFeature:
         """Messages -> model inputs, for one conversation or a batch of them.
 
@@ -202,6 +207,13 @@ class VilaUProcessor(ProcessorMixin):
             raise ValueError(
                 "apply_chat_template gives a dictionary of torch tensors only: "
                 "leave tokenize, return_dict and return_tensors out"
+            )
+        if continue_final_message:
+            raise ValueError("an answer that was begun cannot be continued: end the conversation with a user message")
+        if processor_kwargs:  # where the library's pipelines put what is meant for the processor
+            given = {"num_frames": num_frames, "padding_side": padding_side} | dict(processor_kwargs)
+            return self.apply_chat_template(
+                conversation, generation_mode, add_generation_prompt=add_generation_prompt, **given
             )
         if generation_mode is not None and generation_mode not in GENERATION_MODES:
             raise ValueError(
