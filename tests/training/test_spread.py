@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -62,8 +64,8 @@ def digest(folder: Path) -> str:
     return json.loads((folder / "final" / "training.json").read_text())["digest"]
 
 
-def by_two(folder: Path, work: Callable[[], None]) -> None:
-    """Do the work in two processes that are joined by gloo."""
+def by_two(folder: Path, work: Callable[[], None], survive: bool = True) -> None:
+    """Do the work in two processes that are joined by gloo; both must come through it, or neither."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "store").unlink(missing_ok=True)
     children = []
@@ -81,7 +83,7 @@ def by_two(folder: Path, work: Callable[[], None]) -> None:
         children.append(child)
     codes = [os.waitpid(child, 0)[1] for child in children]
     errors = "\n".join(path.read_text() for path in folder.glob("error-*.txt"))
-    assert codes == [0, 0], errors
+    assert (codes == [0, 0]) if survive else all(codes), errors
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +144,26 @@ def test_a_sharded_checkpoint_is_resumed_exactly_and_by_any_number_of_processes(
     for folder in (alone, back):
         for found, expected in zip(figures(folder), figures(runs / "one")[2:], strict=True):
             assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_process_killed_inside_a_sharded_save_loses_one_interval(runs: Path, tmp_path: Path) -> None:
+    """R1, R2: what the other had written is never visible; going on ends in the digest of the uninterrupted run."""
+    run = tmp_path / "run"
+
+    def work() -> None:
+        if parallel.rank() == 1:
+            sys.addaudithook(die_at_shard)
+        train(run, sharding="fsdp")
+
+    def die_at_shard(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and f".step-{STEPS:07d}.partial/shards/" in str(arguments[0]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    by_two(tmp_path, work, survive=False)
+    assert newest_intact(run / "checkpoints") == run / "checkpoints" / "step-0000002"
+    by_two(tmp_path, lambda: train(run, sharding="fsdp"))
+    assert digest(run) == digest(runs / "fsdp")
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-0000002", "step-0000004"]
 
 
 def test_damaged_shards_are_seen(runs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
