@@ -141,7 +141,7 @@ def mini_cells(tmp_path: Path) -> Path:
     start = str(tmp_path / "runs" / "align" / "align" / "final")
     cells = {
         "align": {"align": stages["align"] | {"steps": 2}},
-        "unified": {"vision_tower": stages["vision_tower"] | {"steps": 6, "init_from": start}},
+        "unified": {"vision_tower": stages["vision_tower"] | {"steps": 6, "init_from": start, "weight_ema": 0.5}},
     }
     folder = tmp_path / "configs"
     folder.mkdir()

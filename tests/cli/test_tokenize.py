@@ -129,6 +129,14 @@ def test_another_tower_refuses_the_codes(cli, coded: Path, shipped_model_dir: Pa
     assert not list((tmp_path / "seen").glob("*"))
 
 
+def test_a_tower_alone_and_in_a_whole_model_are_one(cli, tiny_model_dir: Path, coded: Path, tmp_path: Path) -> None:
+    """Codes made with a whole model are drawn by its tower saved alone."""
+    from vilau.evaluation.tower_suite import load_tower
+
+    load_tower(tiny_model_dir).save_pretrained(tmp_path / "tower")
+    assert cli("detokenize", coded, "-o", tmp_path / "seen", "--model", tmp_path / "tower").code == 0
+
+
 def test_files_that_hold_no_codes(cli, tiny_model_dir: Path, coded: Path, tmp_path: Path) -> None:
     """Not there, no safetensors, other tensors, codes out of range, a depth that they have not."""
     arguments = ("-o", tmp_path / "seen", "--model", tiny_model_dir)

@@ -70,6 +70,7 @@ def test_cells_from_training_to_page(mini_cells: Path, tmp_path: Path) -> None:
     assert result["steps"] == STEPS and result["starts_from"] == ["align"] and result["cpu_seconds"] > 0
     assert [record["step"] for record in result["curve"]] == [3, 6]
     assert {"psnr", "ssim", "rfid_judge", "zero_shot_objects", "retrieval_image_to_text"} <= set(result["metrics"])
+    # what is exported is what was validated, the averaged weights
     assert result["metrics"]["psnr"] == pytest.approx(result["curve"][-1]["psnr"], abs=1e-3)
     assert Image.open(out / "unified.png").size == (10 * 32, 5 * 32)  # originals, then depth 1 to 4
     page = write_page(cells, out)
