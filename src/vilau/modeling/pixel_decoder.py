@@ -140,10 +140,14 @@ class PixelDecoder(nn.Module):
         return self.conv_out.weight
 
     def forward(self, z_q: torch.Tensor) -> torch.Tensor:
-        """Return pixels ``(I, 3, S, S)``, about [-1, 1], of the quantised map ``z_q`` (I, C, h, w)."""
-        if z_q.shape[-1] != self.latent_side or z_q.shape[-2] != self.latent_side:
-            side = (self.latent_side, self.latent_side)
-            z_q = F.interpolate(z_q.float(), size=side, mode="bilinear", align_corners=False).to(z_q.dtype)
+        """Return pixels ``(I, 3, S, S)``, about [-1, 1], of the quantised map ``z_q`` (I, C, h, w).
+
+        Of a map with fewer rows than columns, the upper part of a picture, as many rows of pixels as it covers.
+        """
+        if z_q.shape[-1] != self.latent_side:
+            rows = max(1, round(z_q.shape[-2] * self.latent_side / z_q.shape[-1]))
+            size = (rows, self.latent_side)
+            z_q = F.interpolate(z_q.float(), size=size, mode="bilinear", align_corners=False).to(z_q.dtype)
         x = self.mid(self.conv_in(self.post_quant_conv(z_q)))
         for stage in self.stages:
             x = stage(x)

@@ -213,12 +213,14 @@ class VisionTower(PreTrainedModel):
 
     def decode_features(self, z_q: torch.Tensor) -> torch.Tensor:
         """Return pixels ``(I, 3, S, S)``, not clamped, of quantised features ``z_q`` (I, P, C)."""
-        grid = self.config.grid
         z_q = z_q.to(self.pixel_decoder.conv_in.weight.dtype)
-        return self.pixel_decoder(z_q.transpose(1, 2).unflatten(2, (grid, grid)))
+        return self.pixel_decoder(z_q.transpose(1, 2).unflatten(2, (-1, self.config.grid)))
 
     @torch.no_grad()
     def decode(self, codes: torch.Tensor, chunk: int = 16) -> torch.Tensor:
-        """Return pixels ``(I, 3, S, S)`` in [-1, 1] of ``codes`` (I, P, D), `chunk` pictures at a time."""
+        """Return pixels ``(I, 3, S, S)`` in [-1, 1] of ``codes`` (I, P, D), `chunk` pictures at a time.
+
+        Codes of the upper rows of the grid alone, ``(I, n, D)`` with n whole rows, give a preview of the upper pixels.
+        """
         parts = [self.decode_features(self.quantizer.z_q(part)) for part in codes.split(chunk)]
         return torch.cat(parts).clamp(-1, 1)
