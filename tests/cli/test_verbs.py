@@ -84,6 +84,17 @@ def test_eval_wrong_usage(cli, tmp_path: Path) -> None:
     assert cli("eval", "--out", tmp_path / "no" / "x.json").code == 1
 
 
+def test_eval_of_a_tower(cli, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """JSON on stdout and in the file; options of the other suite and unknown towers are errors."""
+    out = tmp_path / "result.json"
+    result = cli("eval", tiny_model_dir, "--suite", "tower", "--limit", 4, "--out", out, "--json")
+    assert result.code == 0 and json.loads(result.out) == json.loads(out.read_text())
+    assert "psnr" in cli("eval", tiny_model_dir, "--suite", "tower", "--limit", 4).out
+    assert cli("eval", "--extractor", "x.pt").code == 2
+    assert "no feature extractor" in cli("eval", tiny_model_dir, "--suite", "tower", "--extractor", "x.pt").error
+    assert "no such folder" in cli("eval", "nowhere", "--suite", "tower").error
+
+
 def test_eval_table() -> None:
     """Each metric stands beside its ceiling and the number of items; ceilings without a metric are shown too."""
     result = {
