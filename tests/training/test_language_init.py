@@ -96,3 +96,13 @@ def test_missing_folders_are_named() -> None:
     assert starting_folder("shipped") == SHIPPED_MODEL
     with pytest.raises(ValueError, match="there is no folder /nowhere"):
         starting_folder("/nowhere")
+
+
+def test_sizes_are_needed_for_a_new_model_only(config: TrainConfig) -> None:
+    """A configuration without `model` is enough to go on from a finished model, and an error for a new one: defaults of
+    many gigabytes must not step in."""
+    bare = config.model_copy(update={"model": {}})
+    assert starting_model(bare, bare.stages["sft"], SHIPPED_MODEL).model.config.hidden_size == 192
+    for stage in ("align", "pretrain"):
+        with pytest.raises(ValueError, match="`model` is missing"):
+            build_stage(bare, stage, None)

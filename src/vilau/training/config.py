@@ -191,6 +191,15 @@ class DataConfig(_Strict):
     styles: list[str] = Field(default_factory=lambda: ["noto"])
 
 
+class SamplesConfig(_Strict):
+    """What a language stage shows of itself at intervals; sensible prompts and pictures of the data if all is empty."""
+
+    prompts: list[str] = Field(default_factory=list, description="pictures to draw")
+    films: list[str] = Field(default_factory=list, description="films to make")
+    pictures: list[str] = Field(default_factory=list, description="files of pictures to describe")
+    questions: list[str] = Field(default_factory=list, description="asked about each of the pictures")
+
+
 class TrainConfig(_Strict):
     """One run: a model, its data and the stages to train, in order."""
 
@@ -198,7 +207,9 @@ class TrainConfig(_Strict):
     output: str = Field(..., description="folder of the run: checkpoints, logs, finished stages")
     seed: int = 0
     threads: int | None = Field(None, ge=1, description="CPU threads per process")
-    model: dict[str, Any] = Field(..., description="fields of VilaUConfig")
+    model: dict[str, Any] = Field(
+        default_factory=dict, description="fields of VilaUConfig; not needed where all stages start from a whole model"
+    )
     text_encoder: dict[str, Any] = Field(
         default_factory=dict, description="fields of the SigLIP text encoder of stages 1; no such encoder if empty"
     )
@@ -212,6 +223,7 @@ class TrainConfig(_Strict):
     log_every: int = Field(10, ge=1)
     save_every: int = Field(200, ge=1, description="steps between checkpoints")
     sample_every: int = Field(500, ge=1, description="steps between sample pictures")
+    samples: SamplesConfig = Field(default_factory=SamplesConfig)
     validate_every: int = Field(500, ge=0, description="steps between validations of a tower; 0: none, not at the end")
     validation_samples: int = Field(512, ge=2, description="pictures of a validation, none of them shown in training")
     validation_extractor: str = Field("judge", description="features of the Fréchet distance: judge, or TorchScript")

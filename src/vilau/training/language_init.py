@@ -16,7 +16,7 @@ from vilau.shipped import MODEL_TYPE, RELEASED_TYPE, find_model, model_type
 from vilau.training import language_model
 from vilau.training.config import LanguageStageConfig, TrainConfig
 from vilau.training.data import load_tokenizer
-from vilau.training.model_config import build_config
+from vilau.training.model_config import build_config, require_sizes
 
 SHIPPED = "shipped"
 _VISUAL_IDS = ("image_start", "image_end", "video_start", "video_end")
@@ -68,6 +68,7 @@ def starting_model(config: TrainConfig, settings: LanguageStageConfig, folder: P
             )
         model = VilaUModel.from_pretrained(folder)
         return StartingModel(model, _own_processor(config, folder, model.config))
+    require_sizes(config)
     if settings.init_language_model is not None:
         start = _around_language_model(config, settings.init_language_model)
     else:

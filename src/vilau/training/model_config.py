@@ -37,6 +37,15 @@ def build_config(config: TrainConfig, tokenizer: Any) -> VilaUConfig:
     return VilaUConfig(**{**fields, "text_config": known | text})
 
 
+def require_sizes(config: TrainConfig) -> None:
+    """Raise ValueError where a model has to be built and the configuration does not say of which sizes."""
+    if not config.model:
+        raise ValueError(
+            "`model` is missing: give the sizes of a new model, or start from a finished one with "
+            "stages.STAGE.init_from (a folder, or `shipped`)"
+        )
+
+
 def build_text_encoder_config(config: TrainConfig, tokenizer: Any, width: int) -> SiglipTextConfig:
     """Return the configuration of stage 1's text encoder, whose embeddings have the image encoder's `width`."""
     check_keys("text_encoder", config.text_encoder, SiglipTextConfig)

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, SiglipModel, SiglipTextConfi
 from vilau.configuration import VisionTowerConfig
 from vilau.modeling.vision_tower import VisionTower
 from vilau.training.config import TowerStageConfig, TrainConfig
-from vilau.training.model_config import build_config, build_text_encoder_config
+from vilau.training.model_config import build_config, build_text_encoder_config, require_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ def starting_tower(
     Raises:
         ValueError: a source cannot be read, sizes differ, or a pattern takes nothing.
     """
+    require_sizes(config)
     tower_config = build_config(config, tokenizer).vision_config
     sources = []
     if settings.init_siglip is not None:

@@ -1,0 +1,149 @@
+"""What a run shows of itself at intervals: a tower's reconstructions; a model's drawings, films, captions, answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vilau.configuration import VilaUConfig
+from vilau.data.nano.scenes import contact_sheet, render, single
+from vilau.data.sample import Sample, holds_codes
+from vilau.evaluation.tower_pictures import reconstruction_rows
+from vilau.modeling.vila_u import VilaUModel
+from vilau.pipeline import Pipeline
+from vilau.processing.images import load_image, to_pixels
+from vilau.training.config import SamplesConfig, TrainConfig
+from vilau.training.data import load_world
+from vilau.training.language import LanguageStage
+from vilau.training.stage import Stage
+from vilau.training.vision_tower import TowerStage, to_pixel_values
+
+NANO = SamplesConfig(
+    prompts=[
+        "a red apple on a blue background",
+        "a dog on a green background",
+        "a panda on a purple background",
+        "a rocket on a yellow background",
+        "three bananas on a white background",
+        "a cat left of a car on an orange background",
+    ],
+    films=["a car moving right on a white background", "a frog growing on a blue background"],
+    questions=["what is this?", "what colour is the background?"],
+)
+NANO_PICTURES = (("dog", "green"), ("car", "white"), ("banana", "blue"), ("pizza", "red"))
+ROW, SIDE = 8, 128  # pictures in a row of the sheet; pixels that one is enlarged to
+LOOKED_AT = 64  # samples of one's own among which prompts and pictures are found
+MAX_NEW_TOKENS = 48
+
+
+@dataclass
+class Sheet:
+    """Pictures ``(S, S, 3)`` uint8 with what stands below each, and the texts alone for reading."""
+
+    pictures: list[np.ndarray] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    texts: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, pictures: Sequence[np.ndarray], names: Sequence[str]) -> None:
+        """Add a row."""
+        self.pictures += [np.asarray(picture) for picture in pictures]
+        self.names += names
+
+    def save(self, folder: Path, step: int) -> None:
+        """Write ``step-NNNNNNN.png`` and, where there are texts, ``.json`` beside it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        scale = max(1, SIDE // max(picture.shape[1] for picture in self.pictures))
+        file = folder / f"step-{step:07d}.png"
+        contact_sheet(self.pictures, self.names, columns=ROW, scale=scale).save(file)
+        if self.texts:
+            file.with_suffix(".json").write_text(json.dumps(self.texts, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+class Sampler:
+    """The hook that the engine calls. What is drawn and asked stands under `samples` in the configuration; where it
+    says nothing, the nano world's own prompts are used, or texts and pictures out of the data."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+
+    def __call__(self, stage: Stage, step: int, folder: Path) -> None:
+        sheet = Sheet()
+        if isinstance(stage, TowerStage):
+            if stage.reconstruct:
+                pixels = torch.from_numpy(np.stack([stage.source[number][0] for number in range(ROW)]))
+                sheet.add(*_reconstructions(stage, pixels))
+        elif isinstance(stage, LanguageStage):
+            self._speak_and_draw(stage, sheet)
+        if sheet.pictures:
+            sheet.save(folder, step)
+
+    def _speak_and_draw(self, stage: LanguageStage, sheet: Sheet) -> None:
+        wanted = self._wanted(stage)
+        model = Pipeline(_whole(stage.model), stage.processor)
+        draws = stage.model.vision_tower.quantizer.discrete
+        for prompt in wanted.prompts if draws else ():
+            sheet.add([np.asarray(model.draw(prompt, seed=1)[0])], [prompt])
+        for prompt in wanted.films if draws else ():
+            frames = [np.asarray(frame) for frame in model.film(prompt, seed=1)[0]]
+            sheet.add(frames, [prompt] * len(frames))
+        for number, picture in enumerate(self._pictures(stage)):
+            said = {"caption": model.ask(picture, max_new_tokens=MAX_NEW_TOKENS)}
+            for question in wanted.questions:
+                said[question] = model.ask(picture, question, max_new_tokens=MAX_NEW_TOKENS)
+            sheet.add([np.asarray(picture)], [" / ".join(said.values())])
+            sheet.texts[f"picture {number + 1}"] = said
+
+    def _wanted(self, stage: LanguageStage) -> SamplesConfig:
+        given = self.config.samples
+        if given != SamplesConfig() or not self.config.data.sources:
+            return given if given != SamplesConfig() else NANO
+        prompts = (_text_of(sample) for sample in _some(stage) if sample.form == "text_image")
+        return SamplesConfig(prompts=list(islice(dict.fromkeys(prompts), ROW)))
+
+    def _pictures(self, stage: LanguageStage) -> list[Image.Image]:
+        """Pictures to describe, of the model's size."""
+        size = int(stage.model.config.vision_config.image_size)
+        if self.config.samples.pictures:
+            return [load_image(path).resize((size, size)) for path in self.config.samples.pictures]
+        if not self.config.data.sources:
+            world = load_world(self.config)
+            known = {thing.name for thing in world.objects}
+            scenes = (single(name, colour, world.styles[0]) for name, colour in NANO_PICTURES if name in known)
+            return [Image.fromarray(render(scene, world, size)) for scene in scenes]
+        frames = (sample.frames[0] for sample in _some(stage) if sample.frames)
+        return [Image.fromarray(frame) for frame in islice((f for f in frames if not holds_codes(f)), 4)]
+
+
+def _some(stage: LanguageStage) -> Iterator[Sample]:
+    return (stage.source[number] for number in range(LOOKED_AT))
+
+
+def _text_of(sample: Sample) -> str:
+    return " ".join(part.text for turn in sample.turns if turn.role == "user" for part in turn.parts if part.text)
+
+
+def _reconstructions(stage: TowerStage, frames: torch.Tensor) -> tuple[list[np.ndarray], list[str]]:
+    """Originals, then decodings of the first 1, 2 ... D code vectors: a row of pictures each."""
+    rows = reconstruction_rows(stage.tower, to_pixel_values(frames).to(stage.tower.device))
+    names = ["original", *(f"depth {depth}" for depth in range(1, len(rows)))]
+    pixels = to_pixels(torch.cat(rows).float().cpu().numpy())
+    return list(pixels), [name for name in names for _ in range(len(frames))]
+
+
+def _whole(model: VilaUModel) -> Any:
+    """The same parts as a model that generates; no weight is copied."""
+    from vilau.model import VilaUForConditionalGeneration
+
+    with torch.device("meta"):
+        whole: Any = VilaUForConditionalGeneration(cast(VilaUConfig, model.config))
+    for name, part in model.named_children():
+        setattr(whole, name, part)
+    return whole
