@@ -46,7 +46,7 @@ class RecomputedDepth(VisualStep):
         self.inputs: list[torch.Tensor] = []
 
     def depth_logits(self, x: torch.Tensor, depth: int, cache: Any) -> torch.Tensor:
-        """Logits of the last step of the prefix, all of it through the blocks and the head, as in the reference."""
+        """Logits of the last step of the prefix, all of which goes through the blocks; the head sees the last alone."""
         network: DepthTransformer = self.networks.depth_transformer
         if depth == 0:
             self.inputs = []
@@ -54,7 +54,7 @@ class RecomputedDepth(VisualStep):
         states = torch.stack(self.inputs, 1) + network.position_embedding[: depth + 1]
         for block in network.blocks:
             states = block(states)
-        return network.head(network.norm(states))[:, -1]
+        return network.head(network.norm(states[:, -1]))
 
 
 def depth_of(step: VisualStep, state: VisualState, hidden: torch.Tensor) -> None:
