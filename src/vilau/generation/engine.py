@@ -1,0 +1,396 @@
+"""The work of a running batch, step by step: rows are filled, fed and freed here; who may join is decided elsewhere."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from vilau.generation.pace import Pace
+from vilau.generation.position import Networks, VisualStep
+from vilau.generation.prepared import AUTO_LIMIT, packable, packed_bytes, prepare
+from vilau.generation.requests import Prompt, SequenceEnd, TextRequest, TextToken, VisualPosition
+from vilau.generation.running import Cohort, Drawing, Job, Picture, Reading, Target, Text, TextSampling
+from vilau.generation.sampling import row_seeds
+from vilau.generation.slots import Prefix, Row, SlotLanguage, SlotStore, copy_row, plan
+
+_KEPT_PREFIXES = 4
+_WORTH_PACKING = 32 << 20
+
+
+class ServedModel(Protocol):
+    """What a running batch needs of the joined network."""
+
+    config: Any
+    vision_tower: Any
+    projector: Any
+    language_model: Any
+    depth_transformer: Any
+
+    def get_input_embeddings(self) -> Any: ...
+
+    def get_output_embeddings(self) -> Any: ...
+
+
+class Engine:
+    """Sequences that run together; for one thread.
+
+    Args:
+        model: the joined network.
+        positions: of all rows together, for which there is memory.
+        rows: at once, about; for the layout of the weights.
+        pace, prefill: see `Policy`.
+        kernel: see `ContinuousBatch`.
+        finished: called with a sequence that is complete and has left, and how it ended.
+        failed: called with the request of a sequence that cannot go on, and why.
+    """
+
+    def __init__(
+        self,
+        model: ServedModel,
+        positions: int,
+        rows: int,
+        text_pace: float,
+        free_rows: float,
+        prefill: int,
+        kernel: str | None,
+        finished: Callable[[Text | Picture, SequenceEnd], None],
+        failed: Callable[[Job, BaseException], None],
+    ) -> None:
+        self.model, self.positions, self.prefill = model, positions, prefill
+        self.finished, self.failed = finished, failed
+        networks = _networks(model, rows, kernel)
+        self.step_maker = VisualStep(networks)
+        self.language = SlotLanguage(networks.language)
+        self.pace = Pace.of(networks, model.get_output_embeddings().weight.numel(), text_pace, free_rows)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything and give all memory back."""
+        weight = self.model.get_input_embeddings().weight
+        self.device, self.dtype = weight.device, weight.dtype
+        self._store = SlotStore(self.model.config.text_config, weight.detach(), self.positions)
+        self._texts: list[Text] = []
+        self._pictures: deque[Picture] = deque()
+        self._readings: list[Reading] = []
+        self._prefixes: OrderedDict[Any, Prefix] = OrderedDict()
+        self._cohort: Cohort | None = None
+        self._drawing: Drawing | None = None
+        self._sampling: TextSampling | None = None
+        self._reading_first = False
+
+    @property
+    def taken(self) -> int:
+        """Positions that memory is taken for, kept prompts included."""
+        return self._store.positions + self._store.kept
+
+    def join(self, job: Job) -> None:
+        """Give a request its rows and begin to read its prompts."""
+        request = job.handle.request
+        seeds = row_seeds(request.seed, request.n, "cpu").tolist()
+        for number, seed in enumerate(seeds):
+            row, *more = self._reserve(job.each.capacities)
+            if isinstance(request, TextRequest):
+                job.sequences.append(Text(job, request, number, seed, row))
+                continue
+            sound = torch.ones((), dtype=torch.bool, device=self.device)
+            empty = more[0] if more else None
+            job.sequences.append(Picture(job, request, number, seed, request.scales(), row, empty, sound))
+        self._read(request.prompt, [Target(sequence, sequence.row, False) for sequence in job.sequences])
+        empties = [
+            Target(picture, picture.empty, True)
+            for picture in job.sequences
+            if isinstance(picture, Picture) and picture.empty is not None
+        ]
+        if empties and not isinstance(request, TextRequest) and request.unconditional is not None:
+            self._read(request.unconditional, empties)
+
+    def _reserve(self, capacities: Sequence[int]) -> list[Row]:
+        """Return an empty row of each capacity, or none at all; kept prompts give way."""
+        rows: list[Row] = []
+        try:
+            for capacity in capacities:
+                while self._prefixes and not self._store.has_room(capacity):
+                    _, prefix = self._prefixes.popitem(last=False)
+                    self._store.kept -= prefix.length
+                rows.append(self._store.reserve(capacity))
+        except Exception:
+            for row in rows:
+                self._store.release(row)
+            raise
+        return rows
+
+    def _read(self, prompt: Prompt, targets: list[Target]) -> None:
+        """Begin to read a prompt, or take it from where it was or is being read."""
+        if prompt.key is not None:
+            prefix = self._prefixes.get(prompt.key)
+            if prefix is not None and prefix.length == prompt.length:
+                self._prefixes.move_to_end(prompt.key)
+                for target in targets:
+                    prefix.fill(target.row)
+                    self._place(target, prefix.state)
+                return
+            for reading in self._readings:
+                if reading.prompt.key == prompt.key and reading.prompt.length == prompt.length:
+                    reading.targets.extend(targets)
+                    return
+        embeds = prompt.embeds()
+        expected = (prompt.length, self.model.config.hidden_size)
+        if tuple(embeds.shape) != expected:
+            raise ValueError(f"the prompt's embeddings have the shape {tuple(embeds.shape)}; {expected} was announced")
+        embeds = embeds.to(self.device, self.dtype)
+        if not bool(torch.isfinite(embeds).all()):
+            raise ValueError("the prompt's embeddings hold NaN or infinite numbers")
+        self._readings.append(Reading(prompt, embeds, targets))
+
+    def _place(self, target: Target, state: torch.Tensor) -> None:
+        sequence = target.sequence
+        if not sequence.place(target.empty, state):
+            return
+        if isinstance(sequence, Text):
+            self._texts.append(sequence)
+            self._sampling = None
+        else:
+            self._pictures.append(sequence)
+
+    def leave(self, sequence: Text | Picture) -> None:
+        if sequence.gone:
+            return
+        for reading in list(self._readings):
+            lead = reading.row
+            reading.targets = [target for target in reading.targets if target.sequence is not sequence]
+            if not reading.targets:
+                self._readings.remove(reading)
+            elif reading.row is not lead and lead.length:
+                copy_row(lead, reading.row, lead.length)
+        rows = sequence.rows
+        sequence.gone = True
+        if isinstance(sequence, Text):
+            self._texts = [text for text in self._texts if text is not sequence]
+            self._sampling = None
+        elif sequence in self._pictures:
+            self._pictures.remove(sequence)
+        for row in rows:
+            self._store.release(row)
+
+    def _complete(self, sequence: Text | Picture, event: SequenceEnd) -> None:
+        self.leave(sequence)
+        self.finished(sequence, event)
+
+    def turn(self) -> None:
+        """One pass of the language model over what is due, then the text head and depth steps."""
+        texts = [text for text in self._texts if text.state is None]
+        room = self.pace.room(len(texts))
+        drawing = bool(self._drawing or self._pictures)
+        read_first = bool(self._readings) and (self._reading_first or not drawing)
+        self._reading_first = bool(self._readings) and not read_first
+        pieces: list[tuple[Reading, int]] = []
+        if read_first:
+            pieces = self._pieces(room, 1)
+            room -= self.pace.positions(sum(count for _, count in pieces))
+        chosen: list[Picture] = []
+        if self._drawing is None:
+            chosen = self._choose(room, bool(texts), not read_first)
+            room -= self.pace.positions(sum(len(picture.rows) for picture in chosen if picture.state is None))
+            due = not texts
+        else:
+            due = not read_first
+        if not read_first and self._readings:
+            left = room - (self.pace.depth_step(self._drawing.rows) if self._drawing and texts else 0)
+            pieces = self._pieces(left, 0)
+            room -= self.pace.positions(sum(count for _, count in pieces))
+        self._forward(texts, chosen, pieces)
+        self._draw(room, due)
+
+    def _pieces(self, room: float, least: int) -> list[tuple[Reading, int]]:
+        """Return how many positions of which prompts are read now, the oldest first."""
+        left = max(least, self.pace.positions_in(room, self.prefill))
+        pieces = []
+        for reading in self._readings:
+            count = min(left, reading.left)
+            if count < 1:
+                break
+            pieces.append((reading, count))
+            left -= count
+        return pieces
+
+    def _choose(self, room: float, limited: bool, least_one: bool) -> list[Picture]:
+        """Return the pictures whose next position begins now: all, or beside texts the first that there is room for."""
+        if not limited:
+            return list(self._pictures)
+        chosen: list[Picture] = []
+        whole = self.pace.room(len(self._texts))
+        new = rows = 0
+        for picture in self._pictures:
+            new += len(picture.rows) if picture.state is None else 0
+            rows += len(picture.rows)
+            crowded = self.pace.positions(new) > room or self.pace.depth_step(rows) > whole
+            if crowded and (chosen or not least_one):
+                break
+            chosen.append(picture)
+        return chosen
+
+    def _forward(
+        self, texts: Sequence[Text], pictures: Sequence[Picture], pieces: Sequence[tuple[Reading, int]]
+    ) -> None:
+        """Feed tokens, codes and pieces of prompts; draw tokens, and make ready what has its states."""
+        fed = [picture for picture in pictures if picture.state is None]
+        cohort = self._cohort_of(pictures) if pictures else None
+        if texts or fed or pieces:
+            steps = [text.row for text in texts] + [row for picture in fed for row in picture.rows]
+            work, ordered = plan(steps, [(reading.row, count) for reading, count in pieces], self._store.like)
+            hidden = self.language.forward(self._embeds(texts, fed, ordered, cohort, pieces), work)
+            at = {id(row): number for number, row in enumerate(ordered)}
+            for row in ordered:
+                row.length += 1
+            self._finish_readings(pieces, hidden, len(ordered))
+        else:
+            at, hidden = {}, self._store.like.new_zeros((0, self.model.config.hidden_size))
+        fresh = [text for text in self._texts if text.state is not None]
+        if texts or fresh:
+            own = hidden[[at[id(text.row)] for text in texts]]
+            states = [text.state for text in fresh if text.state is not None]
+            self._write([*texts, *fresh], torch.cat([own, torch.stack(states)]) if states else own)
+        if cohort is not None:
+            self._drawing = Drawing(self.step_maker, cohort, self._states(cohort, hidden, at))
+
+    def _embeds(
+        self,
+        texts: Sequence[Text],
+        fed: Sequence[Picture],
+        ordered: Sequence[Row],
+        cohort: Cohort | None,
+        pieces: Sequence[tuple[Reading, int]],
+    ) -> torch.Tensor:
+        """Return what is fed ``(N, H)``, in the order of the pass."""
+        sources: list[torch.Tensor] = []
+        place: dict[int, int] = {}
+        if texts:
+            tokens = torch.tensor([text.token for text in texts]).to(self.device, non_blocking=True)
+            sources.append(self.model.get_input_embeddings()(tokens))
+            place = {id(text.row): number for number, text in enumerate(texts)}
+        if fed:
+            assert cohort is not None
+            codes = cohort.state.codes
+            if len(fed) < len(cohort.pictures):
+                codes = torch.stack([picture.codes for picture in fed if picture.codes is not None])
+            networks = self.step_maker.networks
+            sources.append(networks.projector(networks.quantizer.z_q(codes)).to(self.dtype))
+            for number, picture in enumerate(fed, len(texts)):
+                place |= {id(row): number for row in picture.rows}
+        found = []
+        if sources:
+            order = torch.tensor([place[id(row)] for row in ordered]).to(self.device, non_blocking=True)
+            found = [torch.cat(sources).index_select(0, order)]
+        found += [reading.embeds[reading.row.length : reading.row.length + count] for reading, count in pieces]
+        return torch.cat(found)
+
+    def _finish_readings(self, pieces: Sequence[tuple[Reading, int]], hidden: torch.Tensor, start: int) -> None:
+        for reading, count in pieces:
+            start += count
+            reading.row.length += count
+            if reading.left:
+                continue
+            self._readings.remove(reading)
+            state, lead = hidden[start - 1], reading.row
+            for target in reading.targets[1:]:
+                copy_row(lead, target.row, lead.length)
+            self._keep(reading, state)
+            for target in reading.targets:
+                self._place(target, state)
+
+    def _keep(self, reading: Reading, state: torch.Tensor) -> None:
+        """Keep what was read for later requests, if it has a key and there is memory."""
+        length = reading.prompt.length
+        if reading.prompt.key is None or self._store.positions + self._store.kept + length > self._store.limit:
+            return
+        self._prefixes[reading.prompt.key] = Prefix.of(reading.row, length, state.clone())
+        self._store.kept += length
+        if len(self._prefixes) > _KEPT_PREFIXES:
+            _, dropped = self._prefixes.popitem(last=False)
+            self._store.kept -= dropped.length
+
+    def _cohort_of(self, pictures: Sequence[Picture]) -> Cohort:
+        if self._cohort is None or not self._cohort.serves(pictures):
+            self._cohort = Cohort(self.step_maker.networks, pictures, self.device)
+        return self._cohort
+
+    def _states(self, cohort: Cohort, hidden: torch.Tensor, at: dict[int, int]) -> torch.Tensor:
+        """Return the states ``(R, H)`` of a cohort's rows: read just now, or from the end of their prompts."""
+        pictures = cohort.pictures
+        empties = [pictures[number] for number in cohort.guided]
+        if all(picture.state is None for picture in pictures):
+            rows = [p.row for p in pictures] + [p.empty for p in empties if p.empty is not None]
+            return hidden[[at[id(row)] for row in rows]]
+        own = [hidden[at[id(p.row)]] if p.state is None else p.state for p in pictures]
+        own += [hidden[at[id(p.empty)]] if p.empty_state is None else p.empty_state for p in empties]
+        for picture in pictures:
+            picture.state = picture.empty_state = None
+        return torch.stack(own)
+
+    def _write(self, texts: list[Text], hidden: torch.Tensor) -> None:
+        """Draw one token of each text from states ``(T, H)``: the one place where the host waits for the device."""
+        if self._sampling is None or self._sampling.texts != texts:
+            self._sampling = TextSampling(texts, self.model.get_output_embeddings().weight.shape[0], self.device)
+        logits = self.model.get_output_embeddings()(hidden).float()
+        tokens = self._sampling.draw(logits)
+        drawn = torch.stack([tokens, torch.isfinite(hidden).all(1).long()]).tolist()
+        for text, token, sound in zip(texts, *drawn, strict=True):
+            if not sound:
+                self.failed(text.job, FloatingPointError("the model's states are not finite"))
+            if text.gone:
+                continue
+            text.state, text.token = None, token
+            text.done += 1
+            text.job.handle.emit(TextToken(text.number, token, text.done))
+            if token in text.request.stop:
+                self._complete(text, SequenceEnd(text.number, "stop"))
+            elif text.done == text.request.max_new_tokens:
+                self._complete(text, SequenceEnd(text.number, "length"))
+
+    def _draw(self, room: float, due: bool) -> None:
+        """Make depth steps: one if it is due, and further ones as long as there is room."""
+        drawing = self._drawing
+        if drawing is None:
+            return
+        cost = self.pace.depth_step(drawing.rows)
+        while not drawing.complete and (due or cost <= room):
+            drawing.advance()
+            due = False
+            room -= cost
+        if not drawing.complete:
+            return
+        self._drawing = None
+        codes, sound = drawing.state.codes.clone(), drawing.cohort.sound.clone()
+        for number, picture in enumerate(drawing.cohort.pictures):
+            if not picture.gone:
+                self._advance(picture, codes[number], sound[number])
+
+    def _advance(self, picture: Picture, codes: torch.Tensor, sound: torch.Tensor) -> None:
+        """Note a picture's new codes, and let it leave with the last ones."""
+        picture.codes, picture.sound = codes, sound
+        picture.done += 1
+        picture.job.handle.emit(VisualPosition(picture.number, codes, picture.done))
+        if picture.done == picture.request.positions:
+            if bool(sound):
+                self._complete(picture, SequenceEnd(picture.number, "length"))
+            else:
+                self.failed(picture.job, FloatingPointError("the model's states are not finite"))
+            return
+        if picture.empty is not None and picture.done >= picture.request.guided_positions:
+            empty, picture.empty = picture.empty, None
+            self._store.release(empty)
+        self._pictures.remove(picture)
+        self._pictures.append(picture)
+
+
+def _networks(model: ServedModel, rows: int, kernel: str | None) -> Networks:
+    """Return a model's networks; on a CPU their weights are laid out for any number of rows, where it is worth it."""
+    if model.depth_transformer is None:
+        return Networks.of(model)
+    if kernel is None:
+        worth = packable(model) is None and _WORTH_PACKING <= packed_bytes(model) <= AUTO_LIMIT
+        kernel = "mkldnn" if worth else "plain"
+    return prepare(model, rows, kernel)
