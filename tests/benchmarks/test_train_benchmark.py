@@ -13,7 +13,7 @@ import pytest
 
 @pytest.mark.long
 def test_train_benchmark(root: Path) -> None:
-    """One command gives three ways of a step, the packed ones with less padding, and heads with less memory in pieces."""
+    """One command gives three ways of a step, the packed ones with less padding, and heads with less memory."""
     command = [sys.executable, str(root / "benchmarks" / "train.py"), "--repeat", "1", "--json"]
     environment = {**os.environ, "PYTHONPATH": str(root / "src")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
