@@ -25,7 +25,7 @@ EVERYTHING = [
     "stages.vision_tower.weight_ema=0.8",
     "stages.vision_tower.reconstruction_share=0.7",
 ]
-FIGURES = ("contrast", "pixel", "perceptual", "commitment", "psnr", "grad_norm")
+FIGURES = ("contrast", "retrieval", "pixel", "perceptual", "commitment", "psnr", "grad_norm")
 LATE = ("adversarial", "discriminator", "judged_real", "judged_drawn", "adversarial_weight", "grad_norm/discriminator")
 LOOSE = ("grad_norm", "adversarial_weight", "grad_norm/discriminator")  # ratios and norms that magnify rounding
 pytestmark = pytest.mark.timeout(1800)  # real processes, on a machine that may be busy

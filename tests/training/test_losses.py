@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from modeling.processes import in_two_processes
 
 from vilau.training import losses, parallel
-from vilau.training.losses import contrastive_loss, pixel_loss
+from vilau.training.losses import NO_CAPTION, contrastive_loss, finds_caption, pixel_loss
 
 N, E = 6, 5
 SCALE, BIAS = torch.tensor([1.3]), torch.tensor([-2.0])
@@ -89,10 +90,31 @@ def test_shares_of_processes_add_up(monkeypatch: pytest.MonkeyPatch, kind: str, 
     assert math.isclose(shares, whole, rel_tol=1e-5)
 
 
+def test_retrieval_is_the_same_for_one_process_and_two() -> None:
+    """A picture looks for its caption among those of all processes; equal captions are its own, empty ones nobody's."""
+    noise = 0.9 * torch.nn.functional.normalize(torch.randn(N, E, generator=torch.Generator().manual_seed(3)), dim=-1)
+    texts = embeds(1)
+    images = torch.nn.functional.normalize(texts + noise, dim=-1)
+    labels = torch.tensor([4, 9, 4, NO_CAPTION, 9, 7])
+    expected = []
+    for i in range(N):
+        rivals = [j for j in range(N) if labels[j] != NO_CAPTION]
+        nearest = max(rivals, key=lambda j: float(images[i] @ texts[j]))
+        expected.append(bool(labels[i] == labels[nearest]))
+    assert 0 < sum(expected) < N - 1, "some find their caption, some do not"
+    assert finds_caption(images, texts, labels).tolist() == expected
+
+    def member(rank: int) -> torch.Tensor:
+        own = slice(3 * rank, 3 * rank + 3)
+        return finds_caption(images[own], texts[own], labels[own])
+
+    assert torch.cat(in_two_processes(member)).tolist() == expected
+    alone = [finds_caption(images[o], texts[o], labels[o]).tolist() for o in (slice(0, 3), slice(3, 6))]
+    assert sum(alone, []) != expected, "captions of other processes matter here"
+
+
 def test_pixel_loss() -> None:
     """Mean absolute or squared distance."""
     drawn, target = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, -1.0]])
     assert float(pixel_loss(drawn, target, "l1")) == pytest.approx(1.25)
     assert float(pixel_loss(drawn, target, "l2")) == pytest.approx((0.25 + 4) / 2)
-
-

@@ -104,6 +104,8 @@ def test_captions_are_read_as_siglip_reads_them(siglip: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(siglip)
     ids = encode_captions(tokenizer, ["A red DOG", "a red dog " * 9, ""], 6)
     assert ids.tolist() == [[3, 4, 5, 1, 0, 0], [3, 4, 5, 3, 4, 1], [1, 0, 0, 0, 0, 0]]
+    spelled = encode_captions(tokenizer, [f"a {tokenizer.eos_token} dog {tokenizer.pad_token}"], 6).tolist()[0]
+    assert spelled.count(1) == 1 and 0 not in spelled[: spelled.index(1)], "one end token, the one that is added"
 
 
 def test_siglip_trains_in_a_run(siglip: Path, tmp_path: Path) -> None:

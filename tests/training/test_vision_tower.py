@@ -213,6 +213,15 @@ def test_captions_are_cut_and_padded(tokenizer: Any) -> None:
     assert (ids[2] == tokenizer.pad_token_id).all()
 
 
+def test_a_caption_that_spells_a_special_token_stays_text(tokenizer: Any) -> None:
+    """Captions are words of strangers: they never become marks of pictures or the end of the text."""
+    special = sorted(set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab()))
+    assert "<image_start>" in special
+    ids = encode_captions(tokenizer, [f"a{token}b" for token in special], 40)
+    found = set(ids.flatten().tolist()) & {tokenizer.convert_tokens_to_ids(token) for token in special}
+    assert found <= {tokenizer.pad_token_id, tokenizer.unk_token_id}
+
+
 def test_pixel_values() -> None:
     """uint8 (I, S, S, 3) -> [-1, 1] (I, 3, S, S): 0 is -1, 255 is 1."""
     frames = torch.zeros(1, 4, 4, 3, dtype=torch.uint8)

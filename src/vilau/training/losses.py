@@ -68,6 +68,20 @@ def _contrast(
     return both / (2 * total)
 
 
+@torch.no_grad()
+def finds_caption(image_embeds: torch.Tensor, text_embeds: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return for each of this process's pictures whether the nearest caption of all processes is its own: bool ``(N,)``.
+
+    Args:
+        image_embeds, text_embeds: normalised ``(N, E)``.
+        labels: ``(N,)`` int64 ids of the captions; an equal one counts as its own. Pictures with `NO_CAPTION` find
+            nothing, and nothing finds an empty caption.
+    """
+    texts, everyone = parallel.gather_rows(text_embeds.float()), _gather_labels(labels)
+    likeness = (image_embeds.float() @ texts.t()).masked_fill(everyone == NO_CAPTION, float("-inf"))
+    return (everyone[likeness.argmax(1)] == labels) & (labels != NO_CAPTION)
+
+
 def pixel_loss(drawn: torch.Tensor, target: torch.Tensor, kind: str) -> torch.Tensor:
     """Return the mean `l1` or `l2` distance of pixels in [-1, 1] of this process's pictures."""
     difference = drawn - target

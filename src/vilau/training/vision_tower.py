@@ -19,7 +19,7 @@ from vilau.training import parallel
 from vilau.training.config import TowerStageConfig
 from vilau.training.discriminator import PatchDiscriminator
 from vilau.training.flops import tower_flops
-from vilau.training.losses import NO_CAPTION, contrastive_loss
+from vilau.training.losses import NO_CAPTION, contrastive_loss, finds_caption
 from vilau.training.optimizers import build_optimizers, lr_share, set_lr
 from vilau.training.perceptual import build_perceptual
 from vilau.training.reconstruction import ReconstructionLoss
@@ -211,13 +211,10 @@ class TowerStage(Stage):
         texts = tower.text_embeds(batch.text_ids.to(image_embeds.device))
         kind = self.config.contrastive
         contrast = contrastive_loss(image_embeds, texts, tower.logit_scale, tower.logit_bias, kind, labels)
-        with torch.no_grad():
-            nearest = (image_embeds @ texts.t()).argmax(1)
-            said = labels != NO_CAPTION
-            found = (labels[nearest] == labels) & said
+        said = labels != NO_CAPTION
         sums: Figures = {
             "contrast": (contrast * parallel.world_size() * size, size),
-            "retrieval": (found.sum(), said.sum()),
+            "retrieval": (finds_caption(image_embeds, texts, labels).sum(), said.sum()),
         }
         if not said.all():
             sums["captions_empty"] = ((~said).sum(), 1)
@@ -288,10 +285,13 @@ def encode_captions(tokenizer: Any, captions: Sequence[str], length: int) -> tor
     """Return token ids ``(N, length)`` as SigLIP's text encoder was trained to read captions.
 
     Lower case, with the special tokens that the tokenizer adds by itself (SigLIP's: an end token, which a cut caption
-    keeps), padded on the right with its pad token: the encoder looks at its last position, whatever stands there.
+    keeps), padded on the right with its pad token: the encoder looks at its last position, whatever stands there. A
+    caption is plain text: one that spells a special token does not become that token.
     """
     said = [caption.lower() for caption in captions]
-    ids = tokenizer(said, padding="max_length", truncation=True, max_length=length, padding_side="right")["input_ids"]
+    ids = tokenizer(
+        said, padding="max_length", truncation=True, max_length=length, padding_side="right", split_special_tokens=True
+    )["input_ids"]
     return torch.tensor(ids, dtype=torch.long).reshape(len(said), length)
 
 
