@@ -70,7 +70,7 @@ def _contrast(
 
 @torch.no_grad()
 def finds_caption(image_embeds: torch.Tensor, text_embeds: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return for each of this process's pictures whether the nearest caption of all processes is its own: bool ``(N,)``.
+    """Return for each of this process's pictures whether the nearest of all captions is its own: bool ``(N,)``.
 
     Args:
         image_embeds, text_embeds: normalised ``(N, E)``.
