@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -192,7 +192,7 @@ class Engine:
             room -= self.pace.positions(sum(count for _, count in pieces))
         chosen: list[Picture] = []
         if self._drawing is None:
-            chosen = self._choose(room, bool(texts), not read_first)
+            chosen = self._choose(self._pictures, room, bool(texts), not read_first)
             room -= self.pace.positions(sum(len(picture.rows) for picture in chosen if picture.state is None))
             due = not texts
         else:
@@ -201,7 +201,14 @@ class Engine:
             left = room - (self.pace.depth_step(self._drawing.rows) if self._drawing and texts else 0)
             pieces = self._pieces(left, 0)
             room -= self.pace.positions(sum(count for _, count in pieces))
-        self._forward(texts, chosen, pieces)
+        cohort = self._cohort_of(chosen) if chosen else None
+        hidden, at = self._forward(texts, cohort, pieces)
+        if cohort is None and self._drawing is None:
+            read = [picture for picture in self._pictures if picture.state is not None]
+            read = self._choose(read, room, bool(texts), False)
+            cohort = self._cohort_of(read) if read else None
+        if cohort is not None:
+            self._drawing = Drawing(self.step_maker, cohort, self._states(cohort, hidden, at))
         self._draw(room, due)
 
     def _pieces(self, room: float, least: int) -> list[tuple[Reading, int]]:
@@ -216,14 +223,14 @@ class Engine:
             left -= count
         return pieces
 
-    def _choose(self, room: float, limited: bool, least_one: bool) -> list[Picture]:
+    def _choose(self, pictures: Iterable[Picture], room: float, limited: bool, least_one: bool) -> list[Picture]:
         """Return the pictures whose next position begins now: all, or beside texts the first that there is room for."""
         if not limited:
-            return list(self._pictures)
+            return list(pictures)
         chosen: list[Picture] = []
         whole = self.pace.room(len(self._texts))
         new = rows = 0
-        for picture in self._pictures:
+        for picture in pictures:
             new += len(picture.rows) if picture.state is None else 0
             rows += len(picture.rows)
             crowded = self.pace.positions(new) > room or self.pace.depth_step(rows) > whole
@@ -233,11 +240,15 @@ class Engine:
         return chosen
 
     def _forward(
-        self, texts: Sequence[Text], pictures: Sequence[Picture], pieces: Sequence[tuple[Reading, int]]
-    ) -> None:
-        """Feed tokens, codes and pieces of prompts; draw tokens, and make ready what has its states."""
-        fed = [picture for picture in pictures if picture.state is None]
-        cohort = self._cohort_of(pictures) if pictures else None
+        self, texts: Sequence[Text], cohort: Cohort | None, pieces: Sequence[tuple[Reading, int]]
+    ) -> tuple[torch.Tensor, dict[int, int]]:
+        """Feed tokens, codes and pieces of prompts; draw tokens, and make ready what has been read.
+
+        Returns the states ``(N, H)`` and where those of each row, by its id, stand in them.
+        """
+        fed = [] if cohort is None else [picture for picture in cohort.pictures if picture.state is None]
+        at: dict[int, int] = {}
+        hidden = self._store.like.new_zeros((0, self.model.config.hidden_size))
         if texts or fed or pieces:
             steps = [text.row for text in texts] + [row for picture in fed for row in picture.rows]
             work, ordered = plan(steps, [(reading.row, count) for reading, count in pieces], self._store.like)
@@ -246,15 +257,12 @@ class Engine:
             for row in ordered:
                 row.length += 1
             self._finish_readings(pieces, hidden, len(ordered))
-        else:
-            at, hidden = {}, self._store.like.new_zeros((0, self.model.config.hidden_size))
         fresh = [text for text in self._texts if text.state is not None]
         if texts or fresh:
             own = hidden[[at[id(text.row)] for text in texts]]
             states = [text.state for text in fresh if text.state is not None]
             self._write([*texts, *fresh], torch.cat([own, torch.stack(states)]) if states else own)
-        if cohort is not None:
-            self._drawing = Drawing(self.step_maker, cohort, self._states(cohort, hidden, at))
+        return hidden, at
 
     def _embeds(
         self,
