@@ -1,6 +1,6 @@
-"""Write a folder of captioned pictures in a style that the shipped model has never seen: pencil drawings.
+"""Write a folder of captioned pictures in a style that the shipped model has never seen: things without colours.
 
-    python examples/pencil_pictures.py my-pictures
+    python examples/gray_pictures.py my-pictures
 
 Every picture NAME.png has its caption in NAME.txt, which is all that `vilau train` needs. docs/finetune.md uses it; put
 your own pictures in its place. Twelve of the 48 objects are left out, to see whether the style reaches them too.
@@ -22,7 +22,7 @@ SHIFTS = (-2 / 32, 0.0, 2 / 32)
 GRAY = (0.299, 0.587, 0.114)
 
 
-def pencil(pixels: np.ndarray) -> np.ndarray:
+def without_colours(pixels: np.ndarray) -> np.ndarray:
     """Return pixels ``(S, S, 3)`` without their colours."""
     return np.repeat((pixels @ np.array(GRAY)).round().astype(np.uint8)[..., None], 3, axis=2)
 
@@ -37,8 +37,8 @@ def main(folder: Path) -> None:
             scene = single(name, "white", "noto", shift=shift)
             article = "an" if name[0] in "aeiou" else "a"
             file = folder / f"{name.replace(' ', '-')}-{number}"
-            Image.fromarray(pencil(render(scene, world, 64))).save(file.with_suffix(".png"))
-            file.with_suffix(".txt").write_text(f"a pencil drawing of {article} {name}\n")
+            Image.fromarray(without_colours(render(scene, world, 64))).save(file.with_suffix(".png"))
+            file.with_suffix(".txt").write_text(f"a gray picture of {article} {name}\n")
     print(f"{len(list(folder.glob('*.png')))} pictures in {folder}; left out: {', '.join(names[-LEFT_OUT:])}")
 
 
