@@ -27,7 +27,7 @@ class Reader:
 
     `problems` are sources that could not be opened at all. `row_length` is the longest row of any stage, None without a
     configuration. `text_length` is how many tokens the text encoder of the tower's stages reads, None without them;
-    with `pairs_only`, the configuration has no other stages.
+    with `pairs_only`, the configuration has no other stages. Without `needs_captions`, pictures alone will do.
     """
 
     entries: list[Entry]
@@ -37,6 +37,7 @@ class Reader:
     text_length: int | None
     pairs_only: bool
     supervise: Supervise = "latter"
+    needs_captions: bool = True
 
     def encode(self, sample: Sample) -> EncodedSample:
         """Encode a sample as training does; ``BadSample`` where training would skip it."""
@@ -65,7 +66,7 @@ class Reader:
         from vilau.data.feed import pair_of
 
         if self.pairs_only:
-            pair_of(sample)
+            pair_of(sample, self.needs_captions)
         else:
             self.encode(sample)
 
@@ -80,7 +81,7 @@ class Reader:
         if not self.pairs_only:
             lines += describe(self.encode(sample), tokenizer, self.processor.positions_per_frame)
         if self.text_length is not None:
-            tokens = encode_text(tokenizer, pair_of(sample)[1])
+            tokens = encode_text(tokenizer, pair_of(sample, self.needs_captions)[1])
             kept = " | ".join(written(tokenizer, token) for token in tokens[: self.text_length])
             lines.append(f"{sample.id}: the tower's text encoder reads {min(len(tokens), self.text_length)} of")
             lines[-1] += f" {len(tokens)} tokens (its limit is {self.text_length}): {kept}"
@@ -108,13 +109,14 @@ def _of_configuration(path: Path, overrides: Sequence[str]) -> Reader:
     speaking = [stage for stage in stages if isinstance(stage, LanguageStageConfig)]
     processor = _processor_of(config, speaking[0] if speaking else None)
     frames, limit, cache = processor.num_frames, config.data.max_pixels, config.data.cache
-    entries, problems = _open(config.data.sources, frames, limit, cache)
+    contrast = any(isinstance(stage, LanguageStageConfig) or stage.contrastive_weight > 0 for stage in stages)
+    entries, problems = _open(config.data.sources, frames, limit, cache, contrast)
     text_length = None
-    if len(speaking) < len(stages):
+    if len(speaking) < len(stages) and contrast:
         text_length = int(config.text_encoder.get("max_position_embeddings", 64))  # SigLIP's own default
     row_length = max((stage.row_length for stage in speaking), default=None)
     supervise = speaking[0].supervise if speaking else "latter"
-    return Reader(entries, problems, processor, row_length, text_length, not speaking, supervise)
+    return Reader(entries, problems, processor, row_length, text_length, not speaking, supervise, contrast)
 
 
 def _processor_of(config: TrainConfig, stage: LanguageStageConfig | None) -> VilaUProcessor:
@@ -166,12 +168,12 @@ def _of_path(path: Path, format_name: str | None, settings: Sequence[str], model
 
 
 def _open(
-    sources: Sequence[SourceConfig], num_frames: int, max_pixels: int, cache: str | None
+    sources: Sequence[SourceConfig], num_frames: int, max_pixels: int, cache: str | None, needs_captions: bool = True
 ) -> tuple[list[Entry], list[str]]:
     from vilau.data.mixture import Entry
     from vilau.data.sources.source import ReadOptions
 
-    options = ReadOptions(num_frames, max_pixels, cache=Path(cache) if cache else None)
+    options = ReadOptions(num_frames, max_pixels, cache=Path(cache) if cache else None, needs_captions=needs_captions)
     entries, problems = [], []
     for source in sources:
         try:

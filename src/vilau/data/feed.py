@@ -26,12 +26,16 @@ class PairFeed:
         size: side S of the square.
         config: resize rule and augmentation.
         seed: of the augmentation, which depends on (seed, epoch, sample).
+        needs_captions: whether a picture without a caption is a bad sample; otherwise its caption is empty.
 
     ``feed[n]`` is ``(pixels (S, S, 3) uint8, caption)``.
     """
 
-    def __init__(self, mixture: Mixture, size: int, config: AugmentConfig, seed: int) -> None:
+    def __init__(
+        self, mixture: Mixture, size: int, config: AugmentConfig, seed: int, needs_captions: bool = True
+    ) -> None:
         self.mixture, self.size, self.config, self.seed = mixture, size, config, seed
+        self.needs_captions = needs_captions
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, str]:
         return self.mixture.draw(number, self._pair)
@@ -46,10 +50,10 @@ class PairFeed:
         Raises:
             ValueError: none of a source's probed samples can be read, or they are no pairs.
         """
-        self.mixture.probe(pair_of)
+        self.mixture.probe(lambda sample: pair_of(sample, self.needs_captions))
 
     def _pair(self, sample: Sample) -> tuple[np.ndarray, str]:
-        frames, caption = pair_of(sample)
+        frames, caption = pair_of(sample, self.needs_captions)
         pixels = frames[hash64("frame", self.seed, sample.id) % len(frames)]
         return augment(pixels, self.size, self.config, self.seed, sample.id), caption
 
@@ -80,12 +84,12 @@ class SampleFeed:
         self.mixture.probe(lambda sample: fit_sample(sample, self.size))
 
 
-def pair_of(sample: Sample) -> tuple[tuple[np.ndarray, ...], str]:
-    """Return the picture's or film's frames ``(H, W, 3)`` and the text of a pair.
+def pair_of(sample: Sample, needs_caption: bool = True) -> tuple[tuple[np.ndarray, ...], str]:
+    """Return the picture's or film's frames ``(H, W, 3)`` and the text of a pair, "" where it has none and needs none.
 
     Raises:
         ValueError: a sample of another form, which no replacement could mend: the source does not fit the stage.
-        BadSample: a pair without picture or text.
+        BadSample: a pair without picture or without the text it needs.
     """
     parts = [part for turn in sample.turns for part in turn.parts]
     shown = [part for part in parts if part.kind != "text"]
@@ -95,7 +99,7 @@ def pair_of(sample: Sample) -> tuple[tuple[np.ndarray, ...], str]:
             "and text: leave its source out of their mixture"
         )
     words = " ".join(part.text for part in parts if part.kind == "text").strip()
-    if not shown or not words:
+    if not shown or (needs_caption and not words):
         kind = "missing_text" if shown else "missing_file"
         raise BadSample(kind, f"sample {sample.id}: no pair of picture and text")
     return shown[0].frames, words

@@ -41,7 +41,7 @@ class ZeroShot:
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """Pictures that training never shows: `frames` (N, S, S, 3) uint8, a caption of each, classifications."""
+    """Pictures that training never shows: `frames` (N, S, S, 3) uint8, a caption of each or none, classifications."""
 
     name: str
     frames: np.ndarray
@@ -105,8 +105,9 @@ def measure_tower(
         embeds = torch.cat([seen.take(pixels, quantize) for pixels in _batches(data.frames, chunk, tower)])
         figures.add(seen.figures(), len(data.frames))
         if encode_texts is not None and tower.text_encoder is not None:
-            texts = _embed(tower, encode_texts, data.captions)
-            figures.add(retrieval(embeds, texts, data.captions), len(data.frames))
+            if data.captions:
+                texts = _embed(tower, encode_texts, data.captions)
+                figures.add(retrieval(embeds, texts, data.captions), len(data.frames))
             for task in data.tasks:
                 figures.add(_zero_shot(tower, task, encode_texts, quantize, chunk), len(task.frames))
     finally:

@@ -20,9 +20,11 @@ def pairs_validation(name: str, pairs: Sequence[tuple[np.ndarray, str]]) -> Vali
     """Return a validation set of pictures ``(S, S, 3)`` uint8 with captions.
 
     Where captions repeat, as those made from the names of classes do, they are also classes for zero-shot
-    classification: from 2 to half as many as there are pictures.
+    classification: from 2 to half as many as there are pictures. Where one is empty, the set has no captions at all.
     """
     frames, captions = np.stack([pixels for pixels, _ in pairs]), tuple(words for _, words in pairs)
+    if not all(captions):
+        return ValidationSet(name, frames, ())
     classes = tuple(dict.fromkeys(captions))
     tasks: tuple[ZeroShot, ...] = ()
     if 2 <= len(classes) <= len(pairs) / 2:

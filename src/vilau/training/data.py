@@ -18,7 +18,14 @@ from vilau.data.sources.source import ReadOptions, SourceConfig
 from vilau.processing.augment import AugmentConfig
 from vilau.processing.templates import ChatTemplate
 from vilau.training import language_model
-from vilau.training.config import STAGE_ORDER, LanguageStageConfig, StageName, TrainConfig
+from vilau.training.config import (
+    STAGE_ORDER,
+    LanguageStageConfig,
+    StageConfig,
+    StageName,
+    TowerStageConfig,
+    TrainConfig,
+)
 
 
 def stage_seed(config: TrainConfig, name: StageName) -> int:
@@ -59,7 +66,8 @@ def build_pairs(config: TrainConfig, name: StageName, size: int, seed: int) -> I
     if not config.data.sources:
         _refuse_mixture(settings.mixture, name)
         return ImageTextDataset(load_world(config), "train", seed, size, settings.steps * settings.batch_size)
-    feed = PairFeed(build_mixture(config, name, seed), size, config.data.augment, seed)
+    contrast = _contrasts(settings)
+    feed = PairFeed(build_mixture(config, name, seed), size, config.data.augment, seed, contrast)
     feed.probe()
     return feed
 
@@ -107,7 +115,10 @@ def build_mixture(
         ValueError: a name that no source has, a weight that is not above 0, or fewer samples than the stage reads.
     """
     settings = config.stages[name]
-    mixture = Mixture(swap(open_sources(config, num_frames, settings.mixture, f"stages.{name}.mixture")), seed)
+    entries = open_sources(
+        config, num_frames, settings.mixture, f"stages.{name}.mixture", needs_captions=_contrasts(settings)
+    )
+    mixture = Mixture(swap(entries), seed)
     wanted = settings.steps * settings.batch_size
     if mixture.total is not None and mixture.total < wanted:
         raise ValueError(
@@ -117,33 +128,44 @@ def build_mixture(
     return mixture
 
 
+def _contrasts(settings: StageConfig) -> bool:
+    return not isinstance(settings, TowerStageConfig) or settings.contrastive_weight > 0
+
+
 def validation_pairs(config: TrainConfig, size: int) -> list[tuple[np.ndarray, str]]:
     """Return pictures ``(size, size, 3)`` uint8 and captions of `data.validation`, `validation_samples` at most.
 
-    Samples that cannot be used give way to others, as in training; nothing is augmented.
+    Samples that cannot be used give way to others, as in training; nothing is augmented. Captions may be missing where
+    no stage learns from them.
 
     Raises:
         ValueError: a source that is not there, cannot be read at all or holds no pairs.
     """
-    options = _read_options(config, 8)
+    contrast = any(map(_contrasts, config.stages.values()))  # type: ignore[arg-type]
+    options = _read_options(config, 8, contrast)
     entries = [Entry(source.open(options), "size", 1.0) for source in config.data.validation]
     plain = AugmentConfig(resize=config.data.augment.resize)
-    feed = PairFeed(Mixture(entries, seed=0), size, plain, seed=0)
+    feed = PairFeed(Mixture(entries, seed=0), size, plain, seed=0, needs_captions=contrast)
     feed.probe()
     assert feed.mixture.total is not None
     return [feed[number] for number in range(min(config.validation_samples, feed.mixture.total))]
 
 
-def _read_options(config: TrainConfig, num_frames: int) -> ReadOptions:
+def _read_options(config: TrainConfig, num_frames: int, needs_captions: bool = True) -> ReadOptions:
     settings = config.data
-    return ReadOptions(num_frames, settings.max_pixels, cache=Path(settings.cache) if settings.cache else None)
+    cache = Path(settings.cache) if settings.cache else None
+    return ReadOptions(num_frames, settings.max_pixels, cache=cache, needs_captions=needs_captions)
 
 
 def open_sources(
-    config: TrainConfig, num_frames: int, weights: Mapping[str, float] | None = None, where: str = "mixture"
+    config: TrainConfig,
+    num_frames: int,
+    weights: Mapping[str, float] | None = None,
+    where: str = "mixture",
+    needs_captions: bool = True,
 ) -> list[Entry]:
     """Open the sources of a configuration, those of `weights` only where it names some."""
-    settings, options = config.data, _read_options(config, num_frames)
+    settings, options = config.data, _read_options(config, num_frames, needs_captions)
     sources: dict[str, SourceConfig] = {}
     for source in settings.sources:
         if source.label in sources:

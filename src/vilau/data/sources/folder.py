@@ -17,7 +17,7 @@ from ..permutation import hash64
 from ..sample import Sample
 from .filters import parse_filters, passes_all
 from .lines import Strings, Table
-from .pairs import ImageTextConfig, captions_of
+from .pairs import ImageTextConfig, captions_if_needed, captions_of
 from .source import BadSample, ReadOptions, Source, decode_image, decode_text, image_text, parse_json, read_file
 
 PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
@@ -99,7 +99,7 @@ class FilesSource:
 
     def read(self, index: int) -> Sample:
         name = self._names[index]
-        captions = self._captions(name)
+        captions = captions_if_needed(self.options, lambda: self._captions(name))
         pixels = decode_image(str(self.root / name), name, self.options, self.config.min_side)
         return image_text(f"{self.name}/{name}", pixels, captions)
 
@@ -152,7 +152,7 @@ class TableSource:
         row = self._table.row(number)
         where = f"{self._table.path.name} row {number + 1}"
         name = _file_of(row, self.config.file_field, where)
-        captions = captions_of(row, self.config.caption_field, where)
+        captions = captions_if_needed(self.options, lambda: captions_of(row, self.config.caption_field, where))
         pixels = decode_image(_below(self.root, name), f"{where}: {name}", self.options, self.config.min_side)
         return image_text(f"{self.name}/{number}/{name}", pixels, captions)
 

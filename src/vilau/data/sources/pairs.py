@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import Field, field_validator
 
 from .filters import parse_filters
-from .source import BadSample, SourceConfig, captions_in, require
+from .source import BadSample, ReadOptions, SourceConfig, captions_in, require
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 CAPTION_FIELDS = ("caption", "captions", "text", "TEXT", "prompt")
@@ -42,3 +43,17 @@ def captions_of(record: Any, field: str | None, where: str) -> list[str]:
     raise BadSample(
         "missing_text", f"{where}: none of the fields {', '.join(CAPTION_FIELDS)}; name it as caption_field"
     )
+
+
+def captions_if_needed(options: ReadOptions, find: Callable[[], list[str]]) -> list[str]:
+    """Return the captions that are found, or an empty one where there is none and nobody needs it.
+
+    Raises:
+        BadSample: what finding raises.
+    """
+    try:
+        return find()
+    except BadSample as bad:
+        if options.needs_captions or bad.kind != "missing_text":
+            raise
+        return [""]

@@ -26,7 +26,7 @@ from ..sample import Sample
 from .files import find_files
 from .filters import Filter, parse_filters
 from .index_files import NumberFile, kept_numbers
-from .pairs import CAPTION_FIELDS, ImageTextConfig
+from .pairs import CAPTION_FIELDS, ImageTextConfig, captions_if_needed
 from .source import BadSample, ReadOptions, Source, captions_in, decode_image, image_text
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,9 @@ class ParquetSource:
         self._groups = [self._group_ends(path) for path in self._paths]
         first = open_parquet(self._paths[0]).schema_arrow.names
         self._image = self._column(first, config.image_field, (*IMAGE_COLUMNS, *FILE_COLUMNS), "image_field")
-        self._caption = self._column(first, config.caption_field, CAPTION_FIELDS, "caption_field")
+        self._caption: str | None = None
+        if options.needs_captions or config.caption_field or any(name in first for name in CAPTION_FIELDS):
+            self._caption = self._column(first, config.caption_field, CAPTION_FIELDS, "caption_field")
         self._kept: list[NumberFile] | None = None
         if config.filters:
             self._kept = [self._filtered(number) for number in range(len(self._paths))]
@@ -78,7 +80,8 @@ class ParquetSource:
             rows = sum(ends[-1] for ends in self._groups)
             reason = f"none of {rows} rows passes the filters" if rows else "the files hold no rows"
             raise ValueError(f"source {self.name!r} ({config.path}): {reason}")
-        self._cache = GroupCache([self._image, self._caption], config.cache_bytes)
+        columns = [self._image] if self._caption is None else [self._image, self._caption]
+        self._cache = GroupCache(columns, config.cache_bytes)
 
     def _group_ends(self, path: Path) -> list[int]:
         metadata = open_parquet(path).metadata
@@ -153,8 +156,10 @@ class ParquetSource:
             columns = self._cache.get(path, group)
         except (OSError, ValueError) as error:
             raise BadSample("bad_record", f"{where}: its row group cannot be read ({error})") from error
-        picture, caption = (column[row - ends[group]].as_py() for column in columns)
-        captions = captions_in(_unpacked(caption), f"{where}: {self._caption}")
+        picture, *caption = (column[row - ends[group]].as_py() for column in columns)
+        captions = captions_if_needed(
+            self.options, lambda: captions_in(_unpacked(*caption or [None]), f"{where}: {self._caption}")
+        )
         source = self._picture(picture, path, where)
         pixels = decode_image(source, f"{where}: {self._image}", self.options, self.config.min_side)
         return image_text(f"{self.name}/{path.stem}/{row}", pixels, captions)

@@ -67,12 +67,14 @@ class ReadOptions:
     num_frames: frames of a film.
     max_pixels: of one picture; a larger one is a bad sample of kind ``too_large``.
     cache: folder for indices; beside the data if absent, in the user's cache where that cannot be written.
+    needs_captions: whether a picture without a caption is a bad sample; otherwise its caption is empty.
     """
 
     num_frames: int = 8
     max_pixels: int = MAX_PIXELS
     video_limits: VideoLimits = field(default_factory=VideoLimits)
     cache: Path | None = None
+    needs_captions: bool = True
 
 
 class Source(Protocol):

@@ -18,7 +18,7 @@ from ..sample import Sample
 from .files import find_files
 from .filters import parse_filters, passes_all
 from .index_files import NumberFile, kept_numbers
-from .pairs import IMAGE_ENDINGS, ImageTextConfig, captions_of
+from .pairs import IMAGE_ENDINGS, ImageTextConfig, captions_if_needed, captions_of
 from .source import (
     BadSample,
     OpenFiles,
@@ -109,7 +109,7 @@ class WebdatasetSource:
         if ending is None:
             wanted = "/".join(self.config.image_endings)
             raise BadSample("missing_file", f"{where}: no {wanted} (it has {', '.join(sample.members)})")
-        captions = self._captions(shard, sample, where)
+        captions = captions_if_needed(self.options, lambda: self._captions(shard, sample, where))
         pixels = decode_image(shard.read(sample, ending), f"{where}.{ending}", self.options, self.config.min_side)
         return image_text(f"{self.name}/{shard.path.stem}/{sample.key}", pixels, captions)
 
