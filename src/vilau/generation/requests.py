@@ -265,9 +265,9 @@ class Handle:
             self._reasons[event.sequence] = event.reason
         else:
             self.end = event
-        self._events.put(event)
         if self.end is not None:
-            self._ended.set()
+            self._ended.set()  # before the event, so that who hears of the end finds the result
+        self._events.put(event)
 
 
 def _at_least_one(**values: int) -> None:
