@@ -45,7 +45,8 @@ def test_protocol_says_how(result: dict[str, Any]) -> None:
     """Whoever reads the figures knows the weights, the settings, the seed, the judge and the world."""
     protocol = result["protocol"]
     assert len(protocol["model_sha256"]) == 64 and len(protocol["judge"]["sha256"]) == 64
-    assert set(protocol["sampling"]) == {"guidance_scale", "temperature", "top_k", "top_p"}
+    drawn_by = {"guidance_scale", "temperature", "top_k", "top_p", "guidance_schedule", "guidance_interval"}
+    assert set(protocol["sampling"]) == drawn_by
     assert protocol["world"]["combinations"] == {"train": 336, "heldout": 48}
     assert (protocol["seed"], protocol["limit"], protocol["split"]) == (0, 4, "heldout")
     json.dumps(result, allow_nan=False)

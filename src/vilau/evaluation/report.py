@@ -168,13 +168,19 @@ def markdown(result: Result, command: str = "vilau eval --suite nano --json") ->
         "",
         f"Model `{protocol['model_sha256']}` ({protocol['model_parameters']:,} parameters), seed {protocol['seed']}, "
         f"limit {protocol['limit'] or 'none'}, "
-        + ", ".join(f"{name} {value:g}" for name, value in sampling.items())
+        + ", ".join(f"{name} {_setting(value)}" for name, value in sampling.items())
         + f"; text by {protocol['text']['decoding']} decoding; {protocol['device']}, {protocol['threads']} threads; "
         + ", ".join(f"{name} {number}" for name, number in protocol["versions"].items())
         + ".",
         "",
     ]
     return "\n".join(lines)
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " to ".join(map(_setting, value))
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def _figure(name: str, value: float | None) -> str:
