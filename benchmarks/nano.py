@@ -10,13 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import resource
-import statistics
-import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads that spin would be counted as work
@@ -25,101 +20,11 @@ import torch
 from PIL import Image
 
 import vilau
+from vilau.evaluation.generation_speed import work_per_position
+from vilau.evaluation.machine import Clock, Probe, machine_name, measure, median, now, peak_memory
 
 PROMPT = "a red apple on a blue background"
 QUESTION = "what is this?"
-
-
-@dataclass(frozen=True)
-class Clock:
-    """Wall time and processor time of all threads, in seconds; also the difference of two readings."""
-
-    wall: float
-    cpu: float
-
-    def __sub__(self, other: Clock) -> Clock:
-        return Clock(self.wall - other.wall, self.cpu - other.cpu)
-
-
-def now(device: torch.device) -> Clock:
-    """Read both clocks when the device has done its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return Clock(time.perf_counter(), time.process_time())
-
-
-def measure(work: Callable[[], Any], repeat: int, device: torch.device) -> Clock:
-    """Return the median time of `work`, after one call that is not counted."""
-    work()
-    times = []
-    for _ in range(repeat):
-        start = now(device)
-        work()
-        times.append(now(device) - start)
-    return Clock(statistics.median(t.wall for t in times), statistics.median(t.cpu for t in times))
-
-
-class Probe:
-    """The machine's limits: bytes read per second and operations per second, from repeated short measurements.
-
-    On a CPU the bandwidth is that of a float32 matrix of over 1 GB times a vector; on a GPU that of a large copy, bytes
-    read plus written. The matrix rate is that of a square product in the model's dtype.
-    """
-
-    def __init__(self, device: torch.device, dtype: torch.dtype, megabytes: int) -> None:
-        self.device = device
-        side = int((megabytes * 2**20 / 4) ** 0.5)
-        self.large = torch.ones(side, side, device=device)
-        self.vector = torch.ones(side, device=device)
-        self.copy = torch.empty_like(self.large) if device.type == "cuda" else None
-        square = 8192 if device.type == "cuda" else 768
-        self.square = torch.rand(square, square, device=device, dtype=dtype)
-        self.operations = 2 * square**3
-        self.reads: list[Clock] = []
-        self.products: list[Clock] = []
-        self.sample()
-        self.reads.clear(), self.products.clear()
-
-    def sample(self) -> None:
-        """Measure both limits once."""
-        start = now(self.device)
-        if self.copy is None:
-            torch.mv(self.large, self.vector)
-        else:
-            self.copy.copy_(self.large)
-        middle = now(self.device)
-        torch.mm(self.square, self.square)
-        end = now(self.device)
-        self.reads.append(middle - start)
-        self.products.append(end - middle)
-
-    def limits(self, clock: str) -> tuple[float, float]:
-        """Return bytes per second and operations per second by one of the clocks, medians."""
-        size = self.large.numel() * 4 * (1 if self.copy is None else 2)
-        read = statistics.median(getattr(c, clock) for c in self.reads)
-        product = statistics.median(getattr(c, clock) for c in self.products)
-        return size / read, self.operations / product
-
-
-def work_per_position(model: Any, rows: int, length: float) -> tuple[float, float]:
-    """Return bytes read and operations of one position of `rows` rows at a mean context `length`.
-
-    Language model body and D steps of the depth transformer with its head; no embedding table, no text head.
-    """
-    config, depth_model = model.config.text_config, model.depth_transformer
-    tables = {id(p) for p in model.get_input_embeddings().parameters()}
-    body = [p for p in model.language_model.base_model.parameters() if id(p) not in tables]
-    steps = model.config.vision_config.depth
-    inner = [p for part in (depth_model.blocks, depth_model.norm, depth_model.head) for p in part.parameters()]
-    weights = sum(p.numel() for p in body) + steps * sum(p.numel() for p in inner)
-    weights += sum(p.numel() for p in depth_model.project_hidden.parameters())
-    weights += (steps - 1) * sum(p.numel() for p in depth_model.project_codes.parameters())
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    cache = 2 * config.num_hidden_layers * heads * head_dim * length * rows
-    attention = 4 * config.num_hidden_layers * config.num_attention_heads * head_dim * length * rows
-    size = body[0].element_size()
-    return (weights + cache) * size, 2 * weights * rows + attention
 
 
 def positions(pipe: vilau.Pipeline, pictures: int, probe: Probe, repeat: int) -> dict[str, float]:
@@ -146,23 +51,15 @@ def positions(pipe: vilau.Pipeline, pictures: int, probe: Probe, repeat: int) ->
         "input_ids"
     ].shape[1]
     length = prompt + pipe.model.config.vision_config.num_positions / 2
-    size, operations = work_per_position(pipe.model, pictures * (2 if guided else 1), length)
+    work = work_per_position(pipe.model, pictures * (2 if guided else 1), length)
     out: dict[str, float] = {}
     for clock in ("wall", "cpu"):
-        median = statistics.median(getattr(c, clock) for c in spent)
+        taken = getattr(median(spent), clock)
         reading, computing = probe.limits(clock)
-        floor = max(size / reading, operations / computing)
-        out |= {f"{clock}_ms": median * 1e3, f"{clock}_floor_ms": floor * 1e3, f"{clock}_floor_share": floor / median}
-        out[f"prefill_{clock}_ms"] = max(0.0, statistics.median(getattr(c, clock) for c in first) - median) * 1e3
-    return out | {"megabytes_read": size / 1e6, "megaflop": operations / 1e6}
-
-
-def peak_memory(device: torch.device) -> float:
-    """Return the largest memory of this process so far (of the GPU if there is one), in MB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if sys.platform == "darwin" else 1e3)
+        floor = max(work.bytes_read / reading, work.operations / computing)
+        out |= {f"{clock}_ms": taken * 1e3, f"{clock}_floor_ms": floor * 1e3, f"{clock}_floor_share": floor / taken}
+        out[f"prefill_{clock}_ms"] = max(0.0, getattr(median(first), clock) - taken) * 1e3
+    return out | {"megabytes_read": work.bytes_read / 1e6, "megaflop": work.operations / 1e6}
 
 
 def run(model: str | None, device: str | None, repeat: int, megabytes: int, tower_batch: int) -> dict[str, Any]:
@@ -184,7 +81,7 @@ def run(model: str | None, device: str | None, repeat: int, megabytes: int, towe
         "encode": measure(lambda: network.vision_tower.encode(pixels), repeat, target),
         "decode": measure(lambda: network.vision_tower.decode(codes), repeat, target),
     }
-    memory = peak_memory(target)  # before the probe takes memory of its own
+    memory = peak_memory(target) / 1e6  # before the probe takes memory of its own
     probe = Probe(target, network.dtype, megabytes)
     per_position = {f"batch_{n}": positions(pipe, n, probe, repeat) for n in (1, 4)}
     reading, computing = probe.limits("wall")
@@ -192,7 +89,7 @@ def run(model: str | None, device: str | None, repeat: int, megabytes: int, towe
         "model": str(model or "shipped"),
         "parameters": sum(p.numel() for p in network.parameters()),
         "machine": {
-            "device": torch.cuda.get_device_name(target) if target.type == "cuda" else platform.processor() or "cpu",
+            "device": machine_name(target),
             "dtype": str(network.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,

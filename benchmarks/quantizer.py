@@ -14,7 +14,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,8 +90,10 @@ def _in_own_process(problem: Problem, way: str) -> Cost:
 def _measure_here(problem: Problem, way: str) -> Cost:
     import torch
 
+    from vilau.evaluation.machine import peak_memory, reset_peak_memory, time_once
     from vilau.modeling.quantizer import ResidualQuantizer
 
+    cpu = torch.device("cpu")
     torch.set_num_threads(problem.threads)
     torch.manual_seed(0)
     quantizer = ResidualQuantizer(problem.size, problem.width, problem.depth)
@@ -102,10 +103,10 @@ def _measure_here(problem: Problem, way: str) -> Cost:
     small = ResidualQuantizer(2048, problem.width, 1)
     small.initialised.fill_(1)
     _works(small, z_e[:512].clone())[way]()  # what the libraries load and set up at their first use
-    before = _reset_peak()
-    wall, cpu = time.perf_counter(), time.process_time()
-    work()
-    return Cost(time.perf_counter() - wall, time.process_time() - cpu, max(0, _memory("VmHWM") - before))
+    reset_peak_memory(cpu)
+    before = peak_memory(cpu)  # what the process holds now, as its peak was just set back
+    spent = time_once(work, cpu)
+    return Cost(spent.wall, spent.cpu, max(0, peak_memory(cpu) - before))
 
 
 def _works(quantizer: Any, z_e: Any) -> dict[str, Callable[[], object]]:
@@ -161,17 +162,6 @@ def _works(quantizer: Any, z_e: Any) -> dict[str, Callable[[], object]]:
         "step": step,
         "one_hot_step": one_hot_step,
     }
-
-
-def _reset_peak() -> int:
-    """Set the process's peak memory back to what it uses now (Linux) and return that."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _memory("VmRSS")
-
-
-def _memory(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def _table(problem: Problem, costs: dict[str, Cost]) -> str:

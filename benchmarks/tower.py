@@ -11,9 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from vilau.configuration import VisionTowerConfig
+from vilau.evaluation.machine import Clock, machine_name, median, time_once
 from vilau.modeling.vision_tower import VisionTower
 from vilau.training.config import TowerStageConfig
 from vilau.training.vision_tower import TowerBatch, TowerStage
@@ -71,14 +70,6 @@ GPU_BATCHES = {"nano": (256, 256), "midsize": (32, 16)}
 
 
 @dataclass(frozen=True)
-class Clock:
-    """Wall time and processor time of all threads, in seconds."""
-
-    wall: float
-    cpu: float
-
-
-@dataclass(frozen=True)
 class Timed:
     """Medians over repetitions: seconds, and the share of the matrix rate measured beside each repetition."""
 
@@ -98,22 +89,9 @@ class Machine:
         self.operations = 2.0 * side**3
         self.rates: list[Clock] = []
 
-    def time(self, work: Callable[[], object]) -> Clock:
-        """Return the time of one run of `work`."""
-        self.wait()
-        wall, cpu = time.perf_counter(), time.process_time()
-        work()
-        self.wait()
-        return Clock(time.perf_counter() - wall, time.process_time() - cpu)
-
-    def wait(self) -> None:
-        """Let the device finish."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
     def rate(self) -> Clock:
         """Return operations per second of a square float32 product, by both clocks, now."""
-        spent = self.time(lambda: torch.mm(self.square, self.square))
+        spent = time_once(lambda: torch.mm(self.square, self.square), self.device)
         self.rates.append(Clock(self.operations / spent.wall, self.operations / max(spent.cpu, 1e-9)))
         return self.rates[-1]
 
@@ -124,7 +102,7 @@ class Machine:
         for _ in range(repeat):
             for name, work in works.items():
                 before = self.rate()
-                taken = self.time(work)
+                taken = time_once(work, self.device)
                 after = self.rate()
                 mean = Clock((before.wall + after.wall) / 2, (before.cpu + after.cpu) / 2)
                 spent[name].append((taken, mean))
@@ -294,18 +272,18 @@ def run(sizes: list[str], device: str | None, repeat: int, vectors: int) -> dict
     """Measure everything asked for and return plain values."""
     machine = Machine(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     measured = {size: {"use": use(machine, size, repeat), "step": step(machine, size, repeat)} for size in sizes}
-    cuda = machine.device.type == "cuda"
+    clock = "cpu" if _by_cpu(machine) else "wall"
     return {
         "machine": {
-            "device": torch.cuda.get_device_name(machine.device) if cuda else platform.processor() or "cpu",
+            "device": machine_name(machine.device),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
-            "clock": "wall" if cuda else "cpu",
-            "matrix_gflop_per_s": statistics.median(getattr(r, "wall" if cuda else "cpu") for r in machine.rates) / 1e9,
+            "clock": clock,
+            "matrix_gflop_per_s": getattr(median(machine.rates), clock) / 1e9,
             "repetitions": repeat,
         },
         "sizes": measured,
-        "quantizer": quantizer(torch.get_num_threads(), 1, vectors) if vectors and not cuda else None,
+        "quantizer": quantizer(torch.get_num_threads(), 1, vectors) if vectors and _by_cpu(machine) else None,
     }
 
 

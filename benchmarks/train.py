@@ -15,8 +15,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ import torch
 from vilau.data.collate import Batch, collate, collate_padded
 from vilau.data.nano.dataset import NanoDataset
 from vilau.data.nano.world import World
-from vilau.evaluation.machine import Probe, machine_name, peak_memory, reset_peak_memory
+from vilau.evaluation.machine import Probe, machine_name, peak_memory, reset_peak_memory, time_once
 from vilau.modeling.vila_u import VilaUModel, head_losses
 from vilau.processing.encode import EncodedSample
 from vilau.processing.processor import VilaUProcessor
@@ -94,7 +92,7 @@ def steps(repeat: int) -> dict[str, Step]:
     times: dict[str, list[float]] = {name: [] for name in batches}
     for turn in range(repeat + 1):
         for name, batch in batches.items():  # in turn, so that a busy minute falls on all
-            taken = timed(lambda batch=batch: one_step(stage, batch))  # type: ignore[misc]
+            taken = time_once(lambda batch=batch: one_step(stage, batch), probe.device).cpu  # type: ignore[misc]
             if turn:
                 times[name].append(taken)
             probe.sample()
@@ -117,13 +115,6 @@ def one_step(stage: LanguageStage, batch: Batch) -> None:
     stage.compute(counted, 0).loss.backward()
 
 
-def timed(work: Callable[[], object]) -> float:
-    """Return the CPU seconds of one call."""
-    start = time.process_time()
-    work()
-    return time.process_time() - start
-
-
 def measure_head(rows: int, width: int, classes: int, fused: bool) -> tuple[float, float]:
     """Return CPU seconds and megabytes added by the losses of a head and their backward pass; in a process of its own,
     as memory once taken is not given back."""
@@ -136,7 +127,7 @@ def measure_head(rows: int, width: int, classes: int, fused: bool) -> tuple[floa
     device = torch.device("cpu")
     reset_peak_memory(device)
     before = peak_memory(device)
-    taken = timed(lambda: head_losses(head, hidden, targets, fused).mean().backward())
+    taken = time_once(lambda: head_losses(head, hidden, targets, fused).mean().backward(), device).cpu
     return taken, (peak_memory(device) - before) / 2**20
 
 

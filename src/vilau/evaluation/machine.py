@@ -42,15 +42,17 @@ def median(times: list[Clock]) -> Clock:
     return Clock(statistics.median(t.wall for t in times), statistics.median(t.cpu for t in times))
 
 
+def time_once(work: Callable[[], Any], device: torch.device) -> Clock:
+    """Return the time of one call of ``work``."""
+    start = now(device)
+    work()
+    return now(device) - start
+
+
 def measure(work: Callable[[], Any], repeat: int, device: torch.device) -> Clock:
     """Return the median time of ``work``, after one call that is not counted."""
     work()
-    times = []
-    for _ in range(repeat):
-        start = now(device)
-        work()
-        times.append(now(device) - start)
-    return median(times)
+    return median([time_once(work, device) for _ in range(repeat)])
 
 
 class Probe:
