@@ -168,7 +168,9 @@ class TowerStage(Stage):
         each = tower_flops(self.tower.config)
         drawing = each.draw * self.config.reconstruction_share if self.reconstruct else 0.0
         reading = 3 * each.embed + each.text * (3 if not self.quantize or self.config.train_text_encoder else 1)
-        return 3 * (each.encode + drawing) + (reading if self.contrast else 0.0)
+        seeing = each.features * (3 if not self.quantize or self.config.train_image_encoder else 1)
+        searching = each.search if self.quantize else 0.0
+        return seeing + searching + 3 * drawing + (reading if self.contrast else 0.0)
 
     def work(self, batch: TowerBatch) -> dict[str, float]:
         """Return pictures and operations of a micro-batch, without those of perceptual loss and discriminator."""
