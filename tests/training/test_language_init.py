@@ -48,7 +48,7 @@ def test_a_tower_and_a_language_model_are_joined(
     tower_config = {**config.model["vision_config"]}
     VisionTower(VisionTower.config_class(**tower_config)).save_pretrained(tmp_path / "tower")
     fields: dict[str, Any] = {**config.model}
-    fields["text_config"] = {"max_position_embeddings": 640}
+    fields["text_config"] = {"max_position_embeddings": 640, "vocab_size": 77, "hidden_size": 32}
     settings = config.stages["pretrain"].model_copy(
         update={
             "init_language_model": str(tmp_path / "lm"),

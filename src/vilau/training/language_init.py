@@ -19,6 +19,7 @@ from vilau.training.data import load_tokenizer
 from vilau.training.model_config import build_config, require_sizes
 
 SHIPPED = "shipped"
+_ITS_OWN = ("model_type", "vocab_size")  # of a pretrained language model: the tokenizer adds the rows that it needs
 _VISUAL_IDS = ("image_start", "image_end", "video_start", "video_end")
 
 
@@ -92,7 +93,8 @@ def _around_language_model(config: TrainConfig, path: str) -> StartingModel:
     template = ChatTemplate.from_dict(config.data.template)
     tokenizer = language_model.load_tokenizer(config.data.tokenizer or path, template)
     given: Mapping[str, Any] = config.model.get("text_config") or {}
-    speaker = language_model.load_language_model(path, tokenizer, {k: v for k, v in given.items() if k != "model_type"})
+    settings = {name: value for name, value in given.items() if name not in _ITS_OWN}
+    speaker = language_model.load_language_model(path, tokenizer, settings)
     visual = {f"{name}_id": tokenizer.convert_tokens_to_ids(getattr(template, name)) for name in _VISUAL_IDS}
     fields = {name: value for name, value in config.model.items() if name != "text_config"} | visual
     joined = build_config(config.model_copy(update={"model": fields}), tokenizer)
