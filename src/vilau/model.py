@@ -18,6 +18,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vilau.checkpoints.auto import register_released
+from vilau.checkpoints.int8 import Int8Config, check_quantization, quantize_model, register_int8
 from vilau.checkpoints.loading import load_pretrained
 from vilau.configuration import DepthTransformerConfig, PositionKind, VilaUConfig, VisionTowerConfig
 from vilau.generation.compiled import visual_step
@@ -25,6 +26,7 @@ from vilau.generation.interleaved import InterleavedOptions, InterleavedOutput, 
 from vilau.generation.position import Prompts
 from vilau.generation.sampling import SamplingOptions, row_seeds
 from vilau.generation.visual import Progress, VisualRequest, run_codes
+from vilau.modeling.int8 import is_int8
 from vilau.modeling.vila_u import VilaULosses, VilaUModel
 from vilau.modeling.vision_tower import VisionTower
 
@@ -62,13 +64,41 @@ class VilaUForConditionalGeneration(VilaUModel, GenerationMixin):
         """Load from a folder of our layout or of the released one, or from a hub id of either.
 
         Takes what the library's `from_pretrained` takes: `dtype`, `device_map`, `attn_implementation`, `revision`,
-        `token`, `cache_dir`, `local_files_only`, `subfolder`, `quantization_config` and so on.
+        `token`, `cache_dir`, `local_files_only`, `subfolder`, `quantization_config` and so on; and `quantize="int8"`,
+        which quantises layer by layer while it reads (`docs/int8.md`).
 
         Raises:
             ValueError: the folder is of neither layout, a file is missing or damaged, or tensors and configuration
                 do not fit; nothing is half-loaded.
         """
+        quantize = kwargs.pop("quantize", None)
+        if quantize is not None:
+            check_quantization(quantize)
+            kwargs["quantization_config"] = Int8Config()
         return load_pretrained(cls, super().from_pretrained, pretrained_model_name_or_path, args, kwargs)
+
+    def quantize(self, name: str = "int8") -> VilaUForConditionalGeneration:
+        """Turn the language model's body and the depth transformer into `int8` in place; return the model.
+
+        For evaluation only: a quantised model is neither trained nor cast, but saved and loaded like any other.
+
+        Raises:
+            ValueError: an unknown name, a model that is quantised already or has LoRA adapters.
+        """
+        quantize_model(self, name)
+        return self
+
+    def train(self, mode: bool = True) -> Any:
+        """Refuse to train a quantised model, before any part of it changes."""
+        if mode and is_int8(self):
+            raise ValueError("a quantised model cannot be trained: train the float model and quantise the result")
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Refuse to cast a quantised model: its scales are float32, and what is not int8 keeps its dtype."""
+        if is_int8(self) and fn(torch.empty(0, dtype=torch.float32, device="cpu")).dtype != torch.float32:
+            raise ValueError("a quantised model cannot be cast: load it with the dtype wanted and quantize='int8'")
+        return super()._apply(fn, recurse)
 
     def forward(  # type: ignore[override]
         self,
@@ -354,6 +384,7 @@ def register() -> None:
         auto.register(VilaUConfig, VilaUForConditionalGeneration, exist_ok=True)
     AutoProcessor.register(VilaUConfig, VilaUProcessor, exist_ok=True)
     register_released(VilaUForConditionalGeneration, VilaUProcessor)
+    register_int8()
 
 
 __all__ = ["VilaUForConditionalGeneration", "VilaULosses", "VisualOutput", "register"]

@@ -155,14 +155,15 @@ def work_per_position(model: Any, rows: int, length: float) -> Work:
     body = [p for p in model.language_model.base_model.parameters() if id(p) not in tables]
     steps = model.config.vision_config.depth
     inner = [p for part in (depth_model.blocks, depth_model.norm, depth_model.head) for p in part.parameters()]
-    weights = sum(p.numel() for p in body) + steps * sum(p.numel() for p in inner)
-    weights += sum(p.numel() for p in depth_model.project_hidden.parameters())
-    weights += (steps - 1) * sum(p.numel() for p in depth_model.project_codes.parameters())
+    first, rest = ([*part.parameters()] for part in (depth_model.project_hidden, depth_model.project_codes))
+    read = [(1, body), (steps, inner), (1, first), (steps - 1, rest)]
+    weights = sum(times * sum(p.numel() for p in part) for times, part in read)
+    size = sum(times * sum(p.numel() * p.element_size() for p in part) for times, part in read)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     cache = 2 * config.num_hidden_layers * heads * head_dim * length * rows
     attention = 4 * config.num_hidden_layers * config.num_attention_heads * head_dim * length * rows
-    return Work((weights + cache) * body[0].element_size(), 2 * weights * rows + attention)
+    return Work(size + cache * model.dtype.itemsize, 2 * weights * rows + attention)
 
 
 @dataclass(frozen=True)

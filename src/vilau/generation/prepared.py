@@ -188,9 +188,10 @@ def with_linears(networks: Networks, change: Callable[[nn.Linear], nn.Module]) -
 
 def weight_marks(model: UnifiedModel) -> tuple[Any, ...]:
     """Return where the weights are, how often they were changed and some of their values: equal while they stay."""
-    weights = [layer.weight.detach() for layer in linears(model.language_model.base_model, model.depth_transformer)]
+    parts = (model.language_model.base_model, model.depth_transformer)
+    weights = [p.detach() for part in parts for p in part.parameters() if p.dim() == 2]
     places = tuple((weight.data_ptr(), weight._version) for weight in weights)
-    samples = torch.stack([w.view(-1)[:: max(1, w.numel() // 8)][:8].sum() for w in weights])
+    samples = torch.stack([w.view(-1)[:: max(1, w.numel() // 8)][:8].double().sum() for w in weights])
     return places, tuple(samples.tolist())
 
 
