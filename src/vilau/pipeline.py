@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from vilau.errors import first_line
 from vilau.model import VilaUForConditionalGeneration
 from vilau.processing.processor import VilaUProcessor
 from vilau.processing.templates import GenerationMode
@@ -132,7 +133,7 @@ def load(model: str | os.PathLike[str] | None = None, device: str | None = None,
         )
         processor = VilaUProcessor.from_pretrained(name)
     except Exception as error:
-        raise ValueError(f"cannot load the model {name}: {_first_line(error)}") from error
+        raise ValueError(f"cannot load the model {name}: {first_line(error)}") from error
     missing = sorted(loaded.get("missing_keys", ())) + sorted(str(key) for key in loaded.get("mismatched_keys", ()))
     if missing:
         raise ValueError(
@@ -150,7 +151,7 @@ def choose_device(device: str | None) -> torch.device:
         target = torch.device(str(device))
         torch.empty(0, device=target)
     except Exception as error:
-        raise ValueError(f"cannot use the device {device!r}: {_first_line(error)}") from error
+        raise ValueError(f"cannot use the device {device!r}: {first_line(error)}") from error
     return target
 
 
@@ -165,8 +166,3 @@ def _medium(item: Any) -> dict[str, Any]:
         return {"type": "image", "image": item}
     kind = media_kind(item)
     return {"type": kind, kind: item}
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

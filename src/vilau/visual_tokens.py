@@ -7,13 +7,12 @@ write_codes(done, Path("codes.safetensors"), tower)
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +20,12 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from vilau.modeling.quantizer import Quantizer
+from vilau.checkpoints.digest import tower_digest
+from vilau.files import atomic_path
 from vilau.modeling.vision_tower import VisionTower
-from vilau.processing.images import SquareMode, atomic_path, load_image, normalise, resize_square, save_image, to_pixels
+from vilau.processing.images import SquareMode, load_image, normalise, resize_square, save_image, to_pixels
 
 FORMAT = "vilau-codes-1"
-NOT_DECODING = ("text_encoder.", "logit_", "image_encoder.head.", "image_encoder.post_layernorm.")
 
 Progress = Callable[[int, int], None]
 
@@ -214,25 +213,6 @@ def _decode(tower: VisionTower, codes: torch.Tensor, depth: int | None) -> torch
     if depth is None:
         return tower.decode(codes)
     return tower.decode_features(tower.quantizer.partial_z_q(codes)[..., depth - 1, :]).clamp(-1, 1)
-
-
-def tower_digest(tower: VisionTower) -> str:
-    """Return the SHA-256 of everything that makes codes of pictures and pictures of codes.
-
-    The same tower in its own folder and in a whole model has the same digest; its text encoder, its pooling head and
-    the statistics that its codebook learns from do not count.
-    """
-    digest = hashlib.sha256()
-    tensors = {name: value for name, value in tower.state_dict().items() if not name.startswith(NOT_DECODING)}
-    tensors = {name: value for name, value in tensors.items() if not name.startswith("quantizer.")}
-    if tower.quantizer.discrete:
-        tensors["quantizer"] = cast(Quantizer, tower.quantizer).books()
-    facts = {name: getattr(tower.config, name) for name in ("image_size", "patch_size", "depth", "quantizer")}
-    digest.update(json.dumps(facts, sort_keys=True).encode())
-    for name, value in sorted(tensors.items()):
-        digest.update(name.encode() + str(tuple(value.shape)).encode())
-        digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def file_names(names: Sequence[str]) -> list[str]:

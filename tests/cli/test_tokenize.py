@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from vilau.visual_tokens import tower_digest
+from vilau.checkpoints.digest import tower_digest
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from vilau.checkpoints.shards import read_json
 from vilau.configuration import DepthTransformerConfig, VilaUConfig, VisionTowerConfig
+from vilau.errors import first_line
 
 MODEL_TYPE = "vila_u_llama"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -194,7 +195,7 @@ def _text_config(llm: Mapping[str, Any], where: str) -> PreTrainedConfig:
     try:
         text = AutoConfig.for_model(fields.pop("model_type", "llama"), **fields)
     except (ValueError, TypeError, KeyError) as error:
-        reason = str(error).splitlines()[0].split(". Should contain")[0]  # a list of all models that there are
+        reason = first_line(error).split(". Should contain")[0]  # a list of all models that there are
         raise ValueError(f"{where} is no configuration of a language model: {reason}") from error
     kind = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
     if kind not in (known := {"default", *ROPE_INIT_FUNCTIONS}):

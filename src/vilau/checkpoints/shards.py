@@ -20,6 +20,8 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import safe_open
 
+from vilau.errors import first_line
+
 DTYPES = {  # safetensors' names
     "F64": torch.float64,
     "F32": torch.float32,
@@ -218,7 +220,7 @@ def unpickle(file: Path, remedy: str) -> Any:
             f"({found}); {remedy}"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{file} is damaged or no PyTorch file ({_first_line(error)}); fetch it again") from error
+        raise ValueError(f"{file} is damaged or no PyTorch file ({first_line(error)}); fetch it again") from error
 
 
 def write_shard(
@@ -287,8 +289,3 @@ def listed(names: Sequence[str], most: int = 12) -> str:
     """Return names for an error message: all of a few, the first of many."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

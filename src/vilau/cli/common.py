@@ -131,14 +131,6 @@ def check_targets(targets: Sequence[Path], force: bool) -> None:
             raise PermissionError(f"cannot write into the folder {parent}: permission denied")
 
 
-def write_text(text: str, target: Path) -> None:
-    """Write a text file that appears whole or not at all."""
-    from vilau.processing.images import atomic_path
-
-    with atomic_path(target) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
 def shown_model(model: str | None) -> str:
     """The model's name for people and JSON."""
     return "shipped" if model is None else str(model)

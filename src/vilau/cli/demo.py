@@ -86,8 +86,8 @@ def demo(
         "items": len(items),
         "mean_seconds": mean_seconds(items),
     }
-    from vilau.cli.common import write_text
     from vilau.cli.demo_page import page, sheet
+    from vilau.files import write_text
     from vilau.processing.images import save_image
 
     write_text(page(items, facts, TITLES, CREDIT), out / PAGE)

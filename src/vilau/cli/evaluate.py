@@ -17,8 +17,8 @@ from vilau.cli.common import (
     quiet_libraries,
     say,
     within,
-    write_text,
 )
+from vilau.files import write_text
 
 SUITES = ("nano", "tower")
 

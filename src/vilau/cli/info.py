@@ -12,6 +12,7 @@ from typing import Any
 import typer
 
 from vilau.cli.common import JSON_HELP, MODEL_HELP, print_json, shown_model
+from vilau.errors import first_line
 
 BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 EMBEDDINGS = ("embed_tokens.weight", "_embedding.weight", "position_embedding")  # tables, no matrices of a product
@@ -126,7 +127,7 @@ def _read_ours(folder: Path) -> ModelFiles:
     try:
         config: Any = (VisionTowerConfig if tower else VilaUConfig).from_pretrained(str(folder))
     except Exception as error:
-        raise ValueError(f"cannot read {folder / 'config.json'}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"cannot read {folder / 'config.json'}: {first_line(error)}") from error
     processor = folder / "processor_config.json"
     template = _json(processor).get("template") if processor.is_file() else None
     tensors = _tensors(folder)

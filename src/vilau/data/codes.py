@@ -21,6 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ..files import atomic_path, write_json, write_text
 from .sample import Part, Sample, Turn
 from .sources.source import BadSample
 
@@ -69,7 +70,7 @@ def create_store(folder: Path, info: StoreInfo) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / INFO
     if not path.is_file():
-        _write_beside(path, lambda beside: beside.write_text(json.dumps(asdict(info), indent=1)))
+        write_json(asdict(info), path, durable=True)
     present = read_info(folder)
     different = [name for name, value in asdict(info).items() if getattr(present, name) != value]
     if different:
@@ -125,8 +126,9 @@ def write_shard(
     codes = np.concatenate(coded) if coded else np.zeros((0, info.positions, info.depth))
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     text_path, codes_path = _text_path(folder, shard), _codes_path(folder, shard)
-    _write_beside(text_path, lambda beside: beside.write_text(lines, encoding="utf-8"))
-    _write_beside(codes_path, lambda beside: save_file({"codes": codes.astype(kind)}, beside))  # last: it counts
+    write_text(lines, text_path, durable=True)
+    with atomic_path(codes_path, durable=True) as beside:  # last: it counts
+        save_file({"codes": codes.astype(kind)}, beside)
 
 
 class CodeStore:
@@ -251,11 +253,3 @@ def _codes_path(folder: Path, shard: int) -> Path:
 
 def _text_path(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:06d}.jsonl"
-
-
-def _write_beside(path: Path, write: Callable[[Path], object]) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    write(beside)
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
-    beside.replace(path)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..processing.images import atomic_path
+from ..files import atomic_path
 from .pickles import read_shard
 from .sources.files import find_files
 

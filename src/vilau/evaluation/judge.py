@@ -7,7 +7,6 @@ the ceiling that stands beside every score.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -21,6 +20,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from vilau.data.nano.world import ASSETS
+from vilau.errors import first_line
+from vilau.files import file_digest
 
 SHIPPED_JUDGE = ASSETS / "judge"
 WEIGHTS, RECORD = "judge.safetensors", "judge.json"
@@ -100,9 +101,9 @@ class Judge:
         try:
             net.load_state_dict({name: value.float() for name, value in load_file(path / WEIGHTS).items()})
         except RuntimeError as error:
-            first = str(error).splitlines()[0]
+            first = first_line(error)
             raise ValueError(f"the judge's {WEIGHTS} does not fit its {RECORD} in {path}: {first}") from error
-        return cls(net, record, hashlib.sha256((path / WEIGHTS).read_bytes()).hexdigest())
+        return cls(net, record, file_digest(path / WEIGHTS))
 
     @torch.no_grad()
     def look(self, pixel_values: torch.Tensor, chunk: int = 256) -> Verdict:

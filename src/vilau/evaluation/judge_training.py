@@ -9,7 +9,6 @@ judge-tower-b.yaml.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 import time
@@ -30,6 +29,7 @@ from vilau.evaluation.degradations import DEGRADATIONS, degrade
 from vilau.evaluation.judge import RECORD, WEIGHTS, Judge, JudgeNet
 from vilau.modeling.vision_tower import VisionTower
 from vilau.processing.images import normalise
+from vilau.training.checkpoint import state_digest
 
 Progress = Callable[[str], None]
 
@@ -299,15 +299,12 @@ def _load_tower(path: str | Path, image_size: int) -> VisionTower:
 
 
 def _describe(path: str | Path, tower: VisionTower) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for name, value in sorted(tower.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     folder = Path(path)
     run = folder.parent.parent.name if folder.name == "final" else folder.name
     config = tower.config
     return {
         "name": run,
-        "sha256": digest.hexdigest(),
+        "sha256": state_digest(tower, ()),
         "hidden_size": config.hidden_size,
         "code_dim": config.code_width,
         "depth": config.depth,

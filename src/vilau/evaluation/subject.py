@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,8 +11,10 @@ import numpy as np
 import torch
 
 from vilau.data.sample import Sample, Turn
+from vilau.files import file_digest
 from vilau.pipeline import Pipeline
 from vilau.processing.images import normalise
+from vilau.training.checkpoint import state_digest
 
 Messages = list[dict[str, Any]]
 _SEED_STEP = 1_000_003  # between batches, so that no two pictures are drawn with the same noise
@@ -166,15 +167,7 @@ def question_and_answer(sample: Sample) -> tuple[Messages, str]:
 def weights_digest(path: str | Path, model: torch.nn.Module) -> str:
     """Return the SHA-256 of ``model.safetensors``, or of all tensors when the model is not one such file."""
     file = Path(path) / "model.safetensors"
-    digest = hashlib.sha256()
-    if file.is_file():
-        with file.open("rb") as opened:
-            while block := opened.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return file_digest(file) if file.is_file() else state_digest(model, ())
 
 
 def _length(messages: Messages) -> tuple[int, int]:

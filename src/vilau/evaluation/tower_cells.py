@@ -26,7 +26,8 @@ from vilau.evaluation.features import load_extractor
 from vilau.evaluation.tower_data import nano_validation
 from vilau.evaluation.tower_pictures import draw_strip
 from vilau.evaluation.tower_suite import load_tower, measure_finished
-from vilau.evaluation.validation import TowerValidation, write_json
+from vilau.evaluation.validation import TowerValidation
+from vilau.files import write_json
 from vilau.modeling.vision_tower import VisionTower
 from vilau.training.config import TrainConfig, load_config
 from vilau.training.data import load_world

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vilau.files import atomic_path
 from vilau.modeling.vision_tower import VisionTower
-from vilau.processing.images import atomic_path, normalise, to_pixels
+from vilau.processing.images import normalise, to_pixels
 
 STRIP = 10  # pictures in a row
 

@@ -61,7 +61,7 @@ def run_tower_suite(
             "seed": seed,
             "limit": limit,
             "device": str(target),
-            "tower_sha256": weights_digest(find_tower(model), tower),
+            "model_sha256": weights_digest(find_tower(model), tower),
             "parameters": sum(parameter.numel() for parameter in tower.parameters()),
             "versions": {name: version(name) for name in ("torch", "transformers")},
         },

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from vilau.evaluation.features import FeatureExtractor
 from vilau.evaluation.tower import ValidationSet, measure_tower
+from vilau.files import write_json
 from vilau.training.stage import Stage
 from vilau.training.vision_tower import TowerStage, encode_captions
 
@@ -58,16 +56,3 @@ class TowerValidation:
         }
         write_json(summary, folder / SUMMARY)
         return found.metrics
-
-
-def write_json(value: Any, target: Path) -> None:
-    """Write a JSON file that appears whole or not at all."""
-    write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", target)
-
-
-def write_text(text: str, target: Path) -> None:
-    """Write a text file that appears whole or not at all; its folder is made."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(target)

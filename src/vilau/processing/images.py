@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import io
 import os
-import secrets
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from vilau.files import atomic_path
 
 IMAGE_FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 IMAGE_SUFFIXES: dict[str, str] = {
@@ -214,21 +214,6 @@ def save_image(image: Image.Image | np.ndarray, path: str | os.PathLike[str]) ->
     with atomic_path(target) as temporary:
         (to_rgb(picture) if name in ("JPEG", "BMP") else picture).save(temporary, format=name, **options)
     return target
-
-
-@contextmanager
-def atomic_path(target: Path) -> Iterator[Path]:
-    """A fresh name beside ``target``, renamed to it when the block ends well and removed when it does not."""
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"no folder {target.parent} to write {target.name} into: create it first")
-    if target.is_dir():
-        raise ValueError(f"cannot write {target}: it is a folder")
-    temporary = target.with_name(f".{target.stem[:40]}.{secrets.token_hex(6)}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def stack_frames(pictures: Sequence[ImageSource], size: int, mode: SquareMode = "squash") -> np.ndarray:

@@ -16,12 +16,13 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from PIL import Image
 
+from vilau.files import atomic_path
+
 from .images import (
     MAX_PIXELS,
     ImageSource,
     MediaError,
     SquareMode,
-    atomic_path,
     check_pixels,
     load_image,
     open_media,

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from vilau.errors import first_line
 from vilau.training.config import LoraConfig
 
 
@@ -41,7 +42,7 @@ class Adapters:
         try:
             self.peft: Any = peft.PeftModel(model, settings)
         except ValueError as error:
-            raise ValueError(f"lora: {str(error).splitlines()[0]} (layers: {config.layers!r})") from error
+            raise ValueError(f"lora: {first_line(error)} (layers: {config.layers!r})") from error
 
     def save(self, folder: Path) -> None:
         """Write the adapters alone, as PEFT reads them."""

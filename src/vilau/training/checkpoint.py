@@ -18,6 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from vilau.errors import first_line
+from vilau.files import file_digest
+
 logger = logging.getLogger(__name__)
 
 _MANIFEST = "MANIFEST.json"
@@ -71,7 +74,7 @@ def save_checkpoint(
         publish(beside, final)
     except (OSError, SafetensorError, RuntimeError) as error:  # the libraries report a full disk in ways of their own
         shutil.rmtree(beside, ignore_errors=True)
-        raise OSError(f"cannot write the checkpoint {final}: {first_line(error)}") from error
+        raise OSError(f"cannot write the checkpoint {final}: {first_line(error, 2)}") from error
     remove_others(final, keep)
     return final
 
@@ -122,7 +125,7 @@ def load_checkpoint(path: Path, module: nn.Module, optimizers: list[torch.optim.
         raise ValueError(f"{path / 'optimizers.pt'} is refused: it holds more than tensors and plain values") from error
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"the checkpoint {path} does not fit this configuration's model and optimizers ({first_line(error)}); "
+            f"the checkpoint {path} does not fit this configuration's model and optimizers ({first_line(error, 2)}); "
             "train with the configuration it was made with, or choose another output folder"
         ) from error
     return json.loads((path / "state.json").read_text())
@@ -205,12 +208,6 @@ def _find_wrong_step(path: Path) -> str | None:
     return None if path.name == f"{_PREFIX}{step:07d}" else f"it holds step {step}"
 
 
-def first_line(error: BaseException) -> str:
-    """Return what an error says in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]) or type(error).__name__
-
-
 def publish(beside: Path, final: Path) -> None:
     """Make a finished folder visible under its name: fsync everything, then rename, replacing what was there."""
     for path in [*beside.rglob("*"), beside]:
@@ -232,9 +229,3 @@ def publish(beside: Path, final: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

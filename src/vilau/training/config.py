@@ -12,6 +12,7 @@ from typing_extensions import TypedDict, is_typeddict
 
 from vilau.data.sources.registry import FORMATS, find_format, format_names
 from vilau.data.sources.source import SourceConfig
+from vilau.errors import first_line
 from vilau.processing.augment import AugmentConfig
 from vilau.processing.images import MAX_PIXELS
 
@@ -257,7 +258,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"cannot read the configuration {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} is not valid YAML: {first_line(error)}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must hold a mapping of keys to values")
     if "base" not in raw:

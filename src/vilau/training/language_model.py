@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from vilau.errors import first_line
 from vilau.processing.templates import ChatTemplate
 
 _SPREAD = 0.02  # of new rows around the mean, in standard deviations of the old rows
@@ -36,7 +37,7 @@ def load_tokenizer(path: str | os.PathLike[str], template: ChatTemplate) -> Any:
     try:
         return extend_tokenizer(AutoTokenizer.from_pretrained(path), template)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"no tokenizer could be loaded from {path}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"no tokenizer could be loaded from {path}: {first_line(error)}") from error
 
 
 def load_language_model(
@@ -65,7 +66,7 @@ def load_language_model(
         )
         known = len(AutoTokenizer.from_pretrained(path))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"no language model could be loaded from {path}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"no language model could be loaded from {path}: {first_line(error)}") from error
     model, report = loaded
     absent = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
     if absent:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from vilau.errors import first_line
 from vilau.modeling.vision_tower import VisionTower
 
 _VGG16 = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512)
@@ -155,7 +156,7 @@ def _from_files(paths: Sequence[str | Path]) -> dict[str, torch.Tensor]:
             else:
                 found |= torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # the readers fail in many ways; the user needs the file's name
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = first_line(error)
             raise ValueError(f"lpips_weights: cannot read {path} ({reason})") from error
     return _renamed(found)
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vilau.checkpoints.digest import tower_digest
 from vilau.configuration import VilaUConfig
 from vilau.data.coded_source import CodedSource, SquareReader
 from vilau.data.codes import CodeStore, Encode, Read, StoreInfo, create_store, missing_shards, verify, write_shard
@@ -38,15 +39,6 @@ class CodePlan:
     folder: Path
     info: StoreInfo
     read: Read
-
-
-def tower_digest(tower: VisionTower) -> str:
-    """Return the SHA-256 of what decides about codes: image encoder and quantizer, whatever dtype they are held in."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tower.state_dict().items()):
-        if not name.startswith(("pixel_decoder.", "text_encoder.", "logit_")):
-            digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def encoder_of(tower: VisionTower) -> Encode:
@@ -101,7 +93,7 @@ def plan_codes(config: TrainConfig, name: StageName, tower: VisionTower, num_fra
         facts = json.dumps([size, num_frames, data], sort_keys=True, default=str)
         data_digest = hashlib.sha256(facts.encode()).hexdigest()
         shape = (int(vision.num_positions), int(vision.depth), int(vision.codebook_size))
-        return StoreInfo(data_digest, tower_digest(tower), *shape, samples, variants)
+        return StoreInfo(data_digest, tower_digest(tower, decoder=False), *shape, samples, variants)
 
     if not config.data.sources:
         dataset = build_nano_samples(config, name, size, num_frames)
@@ -166,7 +158,7 @@ def coded_entries(entries: list[Entry], folder: Path, tower: VisionTower) -> lis
     Raises:
         ValueError: codes are missing, were made by another tower, or hold pictures in one way where two are needed.
     """
-    digest = tower_digest(tower)
+    digest = tower_digest(tower, decoder=False)
     coded = []
     for entry in entries:
         source = CodedSource(entry.source, _folder(folder, entry.source.name))

@@ -18,8 +18,10 @@ from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
+from vilau.errors import first_line
+from vilau.files import file_digest
 from vilau.training import parallel
-from vilau.training.checkpoint import begin, checkpoint_paths, file_digest, first_line, publish, remove_others, seal
+from vilau.training.checkpoint import begin, checkpoint_paths, publish, remove_others, seal
 
 _SHARDS = "shards"
 _SCALAR = "step"  # the one optimizer state that is a number and not shaped like its parameter
@@ -97,8 +99,8 @@ def load_sharded(path: Path, module: nn.Module, optimizers: list[torch.optim.Opt
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
-        return first_line(next(iter(error.failures.values()))[0])
-    return first_line(error)
+        return first_line(next(iter(error.failures.values()))[0], 2)
+    return first_line(error, 2)
 
 
 def _tensors(module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, SiglipModel, SiglipTextConfig
 
 from vilau.configuration import VisionTowerConfig
+from vilau.errors import first_line
 from vilau.modeling.vision_tower import VisionTower
 from vilau.training.config import TowerStageConfig, TrainConfig
 from vilau.training.model_config import build_config, build_text_encoder_config, require_sizes
@@ -104,7 +105,7 @@ def _read_siglip(where: str, parts: Sequence[str]) -> _Source:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"init_siglip: {where!r} is neither a folder with a config.json nor a checkpoint that the hub gives "
-            f"({str(error).splitlines()[0]})"
+            f"({first_line(error)})"
         ) from error
     if kind != "siglip":
         more = "; of SigLIP 2 only the checkpoints of one fixed resolution fit" if kind == "siglip2" else ""
@@ -158,7 +159,7 @@ def _read_tokenizer(source: _Source, otherwise: Any) -> Any:
             return otherwise
         raise ValueError(
             f"{source.name} brings a text encoder of {source.text_config.vocab_size} tokens but no tokenizer for it "
-            f"({str(error).splitlines()[0]})"
+            f"({first_line(error)})"
         ) from error
 
 

@@ -12,8 +12,9 @@ import pytest
 from vilau.data.nano import build, sources
 from vilau.data.nano.build import Manifest, build_nano
 from vilau.data.nano.dataset import FORM_OF, NanoDataset
-from vilau.data.nano.shards import from_members, read_shard, sha256_of, to_members
+from vilau.data.nano.shards import from_members, read_shard, to_members
 from vilau.data.nano.world import World
+from vilau.files import file_digest
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
 def files(folder: Path) -> dict[str, str]:
     """All files of a folder with their digests."""
     return {
-        path.relative_to(folder).as_posix(): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()
+        path.relative_to(folder).as_posix(): file_digest(path) for path in sorted(folder.rglob("*")) if path.is_file()
     }
 
 

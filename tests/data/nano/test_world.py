@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from vilau.data.nano.scenes import render, single
-from vilau.data.nano.shards import sha256_of
 from vilau.data.nano.world import ASSETS, BACKGROUNDS, OBJECTS, OTHER_GROUPS, STYLES, World, article, is_heldout
+from vilau.files import file_digest
 
 WORLD = World.load(styles=STYLES)
 
@@ -98,7 +98,7 @@ def test_shipped_files_are_those_of_the_manifest() -> None:
     """Protects licence notices: what ships is what the manifest lists, each source with its licence text."""
     manifest = json.loads((ASSETS / "manifest.json").read_text(encoding="utf-8"))
     for part in ("sprites", "tokenizer"):
-        assert sha256_of(ASSETS / manifest[part]["file"]) == manifest[part]["sha256"]
+        assert file_digest(ASSETS / manifest[part]["file"]) == manifest[part]["sha256"]
     for source in manifest["sources"]:
         assert (ASSETS / "LICENSES" / source["licence_file"]).stat().st_size > 500
         assert source["licence"] in ("Apache-2.0", "CC-BY-4.0", "MIT")

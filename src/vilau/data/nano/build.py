@@ -17,9 +17,10 @@ from typing import Any
 
 from vilau.data.nano import sources as packages
 from vilau.data.nano.dataset import FORM_OF, NanoDataset
-from vilau.data.nano.shards import Shard, sha256_of, write_shard
+from vilau.data.nano.shards import Shard, write_shard
 from vilau.data.nano.sources import Source
 from vilau.data.nano.world import ASSETS, HELDOUT, OBJECTS, STYLES, TRAIN, World, sprite_name
+from vilau.files import file_digest
 
 MANIFEST = "manifest.json"
 SHARD_SAMPLES = 1000
@@ -84,7 +85,7 @@ class Manifest:
         wanted = {"sprites.zip": self.sprites, **{shard.path: shard.sha256 for shard in self.shards}}
         for name, digest in wanted.items():
             path = folder / name
-            found = sha256_of(path) if path.is_file() else "nothing"
+            found = file_digest(path) if path.is_file() else "nothing"
             if found != digest:
                 raise ValueError(
                     f"{path} has the digest {found}, the manifest says {digest}: build the data again with --force"
@@ -195,7 +196,7 @@ def _fill(
     used = (*(packages.STYLE_SOURCES[style] for style in styles), packages.NAMES, packages.easy_vqa_source())
     packages.copy_licences(used, out)
     (out / "ATTRIBUTION.txt").write_text(packages.attribution(used), encoding="utf-8")
-    archive = sha256_of(out / "sprites.zip")
+    archive = file_digest(out / "sprites.zip")
     digest = hashlib.sha256("\n".join([archive, *(shard.sha256 for shard in shards)]).encode()).hexdigest()
     manifest = Manifest(FORMAT, samples, styles, image_size, num_frames, seed, archive, used, shards, digest)
     (out / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
@@ -282,11 +283,14 @@ def write_assets(cache: Path | None = None) -> None:
     record = {
         "sprites": {
             "file": "sprites.zip",
-            "sha256": sha256_of(ASSETS / "sprites.zip"),
+            "sha256": file_digest(ASSETS / "sprites.zip"),
             "styles": STYLES,
             "objects": len(OBJECTS),
         },
-        "tokenizer": {"file": "tokenizer/tokenizer.json", "sha256": sha256_of(ASSETS / "tokenizer" / "tokenizer.json")},
+        "tokenizer": {
+            "file": "tokenizer/tokenizer.json",
+            "sha256": file_digest(ASSETS / "tokenizer" / "tokenizer.json"),
+        },
         "sources": [asdict(source) for source in used],
     }
     (ASSETS / MANIFEST).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

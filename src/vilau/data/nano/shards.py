@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import tarfile
@@ -15,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from vilau.data.sample import Part, Sample, Turn
+from vilau.files import file_digest
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[int, str]:
                 member.size, member.mode = len(content), 0o644
                 archive.addfile(member, io.BytesIO(content))
             count += 1
-    return count, sha256_of(path)
+    return count, file_digest(path)
 
 
 def read_shard(path: Path) -> Iterator[Sample]:
@@ -120,9 +120,3 @@ def read_shard(path: Path) -> Iterator[Sample]:
             members[ending] = file.read()
     if members:
         yield from_members(members)
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

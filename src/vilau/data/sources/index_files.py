@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ...processing.images import atomic_path
+from ...files import atomic_path
 
 
 def stamp(path: Path) -> list[int]:

@@ -1,0 +1,36 @@
+"""Files appear whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from vilau.files import atomic_path, file_digest, write_json
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path, durable: bool) -> None:
+    """A crash half-way neither spoils the file that was there nor leaves a half beside it."""
+    target = tmp_path / "a.json"
+    write_json({"n": 1}, target, durable)
+    with pytest.raises(RuntimeError), atomic_path(target, durable) as beside:
+        beside.write_text("{")
+        raise RuntimeError
+    assert json.loads(target.read_text()) == {"n": 1} and list(tmp_path.iterdir()) == [target]
+
+
+def test_where_nothing_can_be_written_is_told_before_the_work(tmp_path: Path) -> None:
+    """A missing folder, or a folder of that name, is an error before the block runs."""
+    with pytest.raises(FileNotFoundError, match="create it first"), atomic_path(tmp_path / "no" / "a.txt"):
+        pytest.fail("the block must not run")
+    with pytest.raises(ValueError, match="it is a folder"), atomic_path(tmp_path):
+        pytest.fail("the block must not run")
+
+
+def test_digest_is_that_of_sha256sum(tmp_path: Path) -> None:
+    """Recorded digests can be checked with everyone's tools."""
+    (tmp_path / "a").write_bytes(b"abc")
+    assert file_digest(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
