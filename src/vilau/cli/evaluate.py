@@ -20,12 +20,12 @@ from vilau.cli.common import (
 )
 from vilau.files import write_text
 
-SUITES = ("nano", "tower")
+SUITES = ("nano", "tower", "edits")
 
 
 def evaluate(
     model: str | None = typer.Argument(None, metavar="[MODEL]", help=MODEL_HELP),
-    suite: str = typer.Option("nano", help="nano: the whole model; tower: a vision tower, alone or in a whole model."),
+    suite: str = typer.Option("nano", help="nano: the whole model; tower: a vision tower, alone or in a whole model; edits: beyond the paper."),
     extractor: str | None = typer.Option(
         None, help="Suite tower: features of the Fréchet distance, a TorchScript file; the shipped judge's if absent."
     ),
@@ -66,6 +66,10 @@ def _measure(
         from vilau.evaluation.tower_suite import run_tower_suite
 
         return run_tower_suite(folder, limit=limit, seed=seed, device=device, extractor=extractor)
+    if suite == "edits":
+        from vilau.evaluation.edits import run_edits
+
+        return run_edits(folder, limit=limit, seed=seed, device=device, progress=say)
     from vilau.evaluation.nano import run_suite
 
     return run_suite(folder, limit=limit, seed=seed, device=device, progress=say)
