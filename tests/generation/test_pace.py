@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
-from vilau.generation.pace import Pace
+from vilau.generation.pace import Cost, Pace, measured, weighed
 from vilau.generation.position import Networks
+from vilau.generation.slots import SlotLanguage, SlotStore
 
 
 def test_room_is_what_the_limit_leaves() -> None:
     """At 1.5, half of a token's own work may be added; without texts there is no limit."""
-    pace = Pace(1.5, language=80, head=20, depth=60, free_rows=10)
+    pace = Pace(1.5, language=Cost(80, 8), head=Cost(20, 2), depth=Cost(60, 6))
     assert pace.room(0) == float("inf")
-    assert pace.room(1) == pytest.approx(0.5 * 100 * 1.1)
+    assert pace.room(1) == pytest.approx(0.5 * 110)
     assert pace.positions(5) == pytest.approx(40)
     assert pace.positions_in(pace.room(1), 100) == 6 and pace.positions_in(float("inf"), 100) == 100
-    assert pace.positions(6) <= pace.room(1) < pace.positions(7)
+    assert pace.positions(6) <= pace.room(1) < pace.positions(7) and pace.positions_in(-3.0, 100) == 0
     assert pace.depth_step(10) == pytest.approx(120)
 
 
-def test_costs_are_those_of_the_networks(make_model: Any) -> None:
+def test_costs_by_weights_are_those_of_the_networks(make_model: Callable[..., Any]) -> None:
     """Weights are counted, so that a large language model with a small depth transformer hardly slices pictures."""
     model = make_model()
-    pace = Pace.of(Networks.of(model), 7.0, float("inf"), 16.0)
-    assert pace.language == sum(p.numel() for p in model.language_model.base_model.parameters())
-    assert pace.depth == sum(p.numel() for p in model.depth_transformer.parameters())
-    assert pace.room(1) == float("inf")
-    with pytest.raises(ValueError, match="text_pace is 0.5"):
-        Pace.of(Networks.of(model), 7.0, 0.5, 16.0)
-    with pytest.raises(ValueError, match="text_pace is nan"):
-        Pace.of(Networks.of(model), 7.0, float("nan"), 16.0)
+    pace = weighed(Networks.of(model), 7.0, float("inf"), 16.0)
+    assert pace.language.base == sum(p.numel() for p in model.language_model.base_model.parameters())
+    assert pace.depth.base == sum(p.numel() for p in model.depth_transformer.parameters())
+    assert pace.language.of(16) == 2 * pace.language.base and pace.room(1) == float("inf")
+    for wrong in (0.5, float("nan")):
+        with pytest.raises(ValueError, match=f"text_pace is {wrong}"):
+            weighed(Networks.of(model), 7.0, wrong, 16.0)
+
+
+def test_costs_are_measured_and_leave_nothing(make_model: Callable[..., Any]) -> None:
+    """The trial runs every piece, of a model that cannot draw too, gives finite positive costs, and frees its rows."""
+    for model in (make_model(), make_model(quantizer="none")):
+        store = SlotStore(model.config.text_config, torch.zeros(1), 64 * 16)
+        networks = Networks.of(model)
+        language = SlotLanguage(networks.language)
+        pace = measured(networks, language, model.get_output_embeddings(), store, 1.5)
+        assert store.positions == 0
+        assert pace.language.row > 0 and pace.head.row > 0 and 0 < pace.room(1) < 60
+        assert (pace.depth_step(2) > 0) == (model.depth_transformer is not None)

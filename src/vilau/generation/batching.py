@@ -18,8 +18,6 @@ from vilau.generation.requests import Closed, Handle, QueueFull, Request, Reques
 from vilau.generation.running import Job, Picture, Text
 from vilau.generation.slots import check_language
 
-_FREE_ROWS = {"cpu": 16.0, "cuda": 256.0}
-
 
 @dataclass(frozen=True)
 class Policy:
@@ -32,8 +30,8 @@ class Policy:
         prefill: positions of prompts read in one step at most.
         text_pace: how many times longer than alone a token of text may take while pictures are drawn and prompts are
             read beside it; pictures then advance by pieces of a position. Infinite: all advance together.
-        free_rows: rows whose products cost as much as reading the weights, for `text_pace`; absent, 16 on a CPU and 256
-            on a GPU.
+        free_rows: rows whose products cost as much as reading the weights, so that `text_pace` goes by weights; absent,
+            a short trial measures what the pieces of work cost on this machine.
     """
 
     queue_limit: int = 64
@@ -111,14 +109,13 @@ class ContinuousBatch:
         limit = (2 * slots + text_slots) * positions * each if memory_limit is None else memory_limit
         self.budget = Budget(slots, text_slots, positions, limit, each)
         check_language(model.language_model.config, positions)
-        free = self.policy.free_rows or _FREE_ROWS.get(weight.device.type, _FREE_ROWS["cuda"])
         self.usage = Usage()
         self._engine = Engine(
             model,
             limit // each,
             2 * slots,
             self.policy.text_pace,
-            free,
+            self.policy.free_rows,
             self.policy.prefill,
             kernel,
             self._finished,

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from vilau.generation.pace import Pace
+from vilau.generation.pace import Pace, measured, weighed
 from vilau.generation.position import Networks, VisualStep
 from vilau.generation.prepared import AUTO_LIMIT, packable, packed_bytes, prepare
 from vilau.generation.requests import Prompt, SequenceEnd, TextRequest, TextToken, VisualPosition
@@ -41,7 +41,7 @@ class Engine:
         model: the joined network.
         positions: of all rows together, for which there is memory.
         rows: at once, about; for the layout of the weights.
-        pace, prefill: see `Policy`.
+        text_pace, free_rows, prefill: see `Policy`.
         kernel: see `ContinuousBatch`.
         finished: called with a sequence that is complete and has left, and how it ended.
         failed: called with the request of a sequence that cannot go on, and why.
@@ -53,7 +53,7 @@ class Engine:
         positions: int,
         rows: int,
         text_pace: float,
-        free_rows: float,
+        free_rows: float | None,
         prefill: int,
         kernel: str | None,
         finished: Callable[[Text | Picture, SequenceEnd], None],
@@ -64,8 +64,15 @@ class Engine:
         networks = _networks(model, rows, kernel)
         self.step_maker = VisualStep(networks)
         self.language = SlotLanguage(networks.language)
-        self.pace = Pace.of(networks, model.get_output_embeddings().weight.numel(), text_pace, free_rows)
         self.reset()
+        self.pace = self._pace(text_pace, free_rows)
+
+    def _pace(self, limit: float, free_rows: float | None) -> Pace:
+        """Return what the pieces of work cost; nobody asks where there is no limit."""
+        networks, head = self.step_maker.networks, self.model.get_output_embeddings()
+        if free_rows is None and limit < float("inf") and self.positions >= 64 * 16:
+            return measured(networks, self.language, head, self._store, limit)
+        return weighed(networks, head.weight.numel(), limit, free_rows or 16.0)
 
     def reset(self) -> None:
         """Forget everything and give all memory back."""

@@ -2,56 +2,145 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
 
 from vilau.generation.position import Networks
+from vilau.generation.sampling import SamplingOptions, sample_codes, sampling_rows
+from vilau.generation.slots import SlotLanguage, SlotStore, plan
+
+_MANY = 16  # rows that the cost of a row is measured with
+_REPEAT = 3
+_CAPACITY = 64
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of a step: `base`, and `row` for each of its rows."""
+
+    base: float
+    row: float
+
+    def of(self, rows: int) -> float:
+        """Return the cost of a step of so many rows."""
+        return self.base + self.row * rows
+
+    @classmethod
+    def measured(cls, work: Callable[[int], Any], device: torch.device) -> Cost:
+        """Return the seconds of a work that is called with its number of rows, the best of a few trials."""
+        few, many = (min(_seconds(work, rows, device) for _ in range(_REPEAT)) for rows in (1, _MANY))
+        row = max((many - few) / (_MANY - 1), few * 1e-3)
+        return cls(max(few - row, 0.0), row)
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Costs of the pieces of work, in weights read; a step with n rows costs ``weights * (1 + n / free_rows)``.
+    """What the pieces of a running batch's work cost, in any unit.
 
     Args:
         limit: how many times longer than alone a token of text may take; infinite for no limit.
-        language, head, depth: weights of a pass of the language model, of its text head, and of one depth step.
-        free_rows: rows whose products cost as much as reading the weights once.
+        language, head, depth: of a pass of the language model, of writing tokens, and of one depth step.
+
+    Raises:
+        ValueError: the limit is below 1 or not a number.
     """
 
     limit: float
-    language: float
-    head: float
-    depth: float
-    free_rows: float
+    language: Cost
+    head: Cost
+    depth: Cost
 
-    @classmethod
-    def of(cls, networks: Networks, head: float, limit: float, free_rows: float) -> Pace:
-        """Return the costs of a model's networks, whose text head has ``head`` weights.
-
-        Raises:
-            ValueError: the limit is below 1 or not a number.
-        """
-        if not limit >= 1:
-            raise ValueError(f"text_pace is {limit}; it must be at least 1, the time that a token takes alone")
-        language, depth = (
-            0 if network is None else sum(parameter.numel() for parameter in network.parameters())
-            for network in (networks.language, networks.depth_transformer)
-        )
-        return cls(limit, language, head, depth, free_rows)
+    def __post_init__(self) -> None:
+        if not self.limit >= 1:
+            raise ValueError(f"text_pace is {self.limit}; it must be at least 1, the time that a token takes alone")
 
     def room(self, texts: int) -> float:
         """Return the work that may be added to a step of so many texts; without texts there is no limit."""
         if not texts:
             return float("inf")
-        return (self.limit - 1) * (self.language + self.head) * (1 + texts / self.free_rows)
+        return (self.limit - 1) * (self.language.of(texts) + self.head.of(texts))
 
     def positions(self, count: int) -> float:
         """Return what so many further positions add to a pass of the language model."""
-        return self.language * count / self.free_rows
+        return self.language.row * count
 
     def positions_in(self, room: float, most: int) -> int:
         """Return how many further positions fit into a room, at most ``most``."""
-        return int(min(most, room * self.free_rows / self.language))
+        return int(max(0, min(most, room / self.language.row)))
 
     def depth_step(self, rows: int) -> float:
         """Return the cost of one depth step of so many rows."""
-        return self.depth * (1 + rows / self.free_rows)
+        return self.depth.of(rows)
+
+
+def weighed(networks: Networks, head: float, limit: float, free_rows: float) -> Pace:
+    """Return the pace by weights read: a step with n rows costs ``weights * (1 + n / free_rows)``.
+
+    Args:
+        head: weights of the text head.
+        free_rows: rows whose products cost as much as reading the weights once.
+    """
+
+    def cost(weights: float) -> Cost:
+        return Cost(weights, weights / free_rows)
+
+    language, depth = (
+        0 if network is None else sum(parameter.numel() for parameter in network.parameters())
+        for network in (networks.language, networks.depth_transformer)
+    )
+    return Pace(limit, cost(language), cost(head), cost(depth))
+
+
+@torch.no_grad()
+def measured(networks: Networks, language: SlotLanguage, head: nn.Module, store: SlotStore, limit: float) -> Pace:
+    """Return the pace by a short trial of every piece on this machine.
+
+    Args:
+        language, store: as the batch uses them; the store is left empty.
+        head: the text head.
+    """
+    like, size = store.like, networks.language.config.hidden_size
+
+    def language_pass(rows: int) -> None:
+        taken = [store.reserve(_CAPACITY) for _ in range(rows)]
+        for row in taken:
+            row.length = _CAPACITY // 2
+        work, _ = plan(taken, [], like)
+        language.forward(like.new_zeros((rows, size)), work)
+        for row in taken:
+            store.release(row)
+
+    def write(rows: int) -> None:
+        head(like.new_zeros((rows, size))).float().argmax(-1).tolist()
+
+    costs = [Cost.measured(work, like.device) for work in (language_pass, write)]
+    if networks.depth_transformer is None:
+        return Pace(limit, costs[0], costs[1], Cost(0.0, 0.0))
+    return Pace(limit, costs[0], costs[1], Cost.measured(lambda rows: _depth_step(networks, rows, like), like.device))
+
+
+def _depth_step(networks: Networks, rows: int, like: torch.Tensor) -> None:
+    """Make one depth step as guided pictures make it, with one picture for two rows."""
+    quantizer, count = networks.quantizer, -(-rows // 2)
+    filters = sampling_rows([SamplingOptions()] * count, quantizer.codebook_size, like.device)
+    seeds = torch.zeros(count, dtype=torch.int64, device=like.device)
+    cache = networks.depth_transformer.new_cache(rows)
+    logits = networks.depth_transformer.step(like.new_zeros((rows, networks.language.config.hidden_size)), 0, cache)
+    quantizer.code_vectors(sample_codes(logits[:count], filters, seeds, 0, 0), 0)
+
+
+def _seconds(work: Callable[[int], Any], rows: int, device: torch.device) -> float:
+    """Return the time of one call: on one processor thread its own clock, which others do not disturb."""
+    clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = clock()
+    work(rows)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return clock() - start
