@@ -8,14 +8,16 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
+from vilau.modeling.codebook import Codebooks
 from vilau.modeling.vila_u import VilaUModel
 from vilau.modeling.vision_tower import VisionTower
 from vilau.training import parallel, spread
@@ -37,11 +39,13 @@ def probe(stage: Any) -> torch.Tensor:
         return stage.model.eval()(torch.arange(5, 17).unsqueeze(0))
 
 
-def train(folder: Path, stage_name: str = "pretrain", steps: int = STEPS, **scale: Any) -> None:
+def train(
+    folder: Path, stage_name: str = "pretrain", steps: int = STEPS, overrides: Sequence[str] = (), **scale: Any
+) -> None:
     """Train a stage of the debug configuration into `folder`, from its newest checkpoint there."""
-    overrides = [f"stages.{stage_name}.steps={steps}", f"stages.{stage_name}.batch_size=8", f"output={folder}"]
+    sizes = [f"stages.{stage_name}.steps={steps}", f"stages.{stage_name}.batch_size=8", f"output={folder}"]
     torch.manual_seed(1)
-    stage = build_stage(load_config(CONFIG, overrides), stage_name, None)
+    stage = build_stage(load_config(CONFIG, [*sizes, *overrides]), stage_name, None)
 
     def hook(stage: Any, step: int, where: Path) -> None:
         where.mkdir(parents=True, exist_ok=True)
@@ -213,6 +217,45 @@ def test_bfloat16_is_refused_where_it_is_slow_and_trains_where_it_is_allowed(
     train(tmp_path / "tower", "vision_tower", steps=2, precision="bf16", allow_slow=True)
     tower = VisionTower.from_pretrained(tmp_path / "tower" / "final")
     assert tower.quantizer.codebook.dtype == tower.pixel_decoder.conv_out.weight.dtype == torch.float32
+
+
+def test_code_vectors_learned_by_gradients_stay_float32_in_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FSDP2 in bf16 casts what it gathers, but for the map of the codebook: rounded code vectors are other codes."""
+    multiply = Codebooks.mapped_books
+
+    def recorded(self: Codebooks) -> torch.Tensor:
+        with (tmp_path / f"seen-{parallel.rank()}.txt").open("a") as seen:
+            print(self.map.dtype, file=seen)
+        return multiply(self)
+
+    monkeypatch.setattr(Codebooks, "mapped_books", recorded)
+    learning = ["model.vision_config.codebook_learning=gradient"]
+
+    def work() -> None:
+        train(tmp_path / "bf16", "vision_tower", 2, learning, sharding="fsdp", precision="bf16", allow_slow=True)
+
+    by_two(tmp_path, work)
+    for rank in range(2):
+        assert set((tmp_path / f"seen-{rank}.txt").read_text().split()) == {"torch.float32"}
+    tower = VisionTower.from_pretrained(tmp_path / "bf16" / "final")
+    assert tower.quantizer.map.dtype == torch.float32 and bool(tower.quantizer.map.any())
+
+
+def test_adapters_are_trained_and_saved_alike_by_one_process_and_in_shards(tmp_path: Path) -> None:
+    """LoRA with a module that learns whole, under FSDP2: the losses of one process, its adapters, its merged model."""
+    lora = ["stages.pretrain.lora={rank: 2, dropout: 0.0, also: [projector]}"]
+    train(tmp_path / "one", overrides=lora, steps=2)
+    by_two(tmp_path, lambda: train(tmp_path / "fsdp", overrides=lora, steps=2, sharding="fsdp"))
+    for found, expected in zip(figures(tmp_path / "fsdp"), figures(tmp_path / "one"), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        one, sharded = (load_file(tmp_path / way / "final" / name) for way in ("one", "fsdp"))
+        assert one.keys() == sharded.keys()
+        for key, tensor in one.items():
+            assert float((tensor - sharded[key]).float().norm()) <= 1e-3 * float(tensor.float().norm()), key
+    assert all(bool(tensor.any()) for tensor in one.values()), "the second factors began as zeros and have learned"
 
 
 def test_codes_do_not_depend_on_the_precision_of_training(tmp_path: Path) -> None:

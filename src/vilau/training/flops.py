@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from vilau.configuration import VisionTowerConfig
 from vilau.modeling.vila_u import VilaUModel
 from vilau.modeling.vision_tower import VisionTower
 
@@ -85,7 +88,13 @@ class TowerFlops:
 
 
 def tower_flops(config: Any) -> TowerFlops:
-    """Return what a tower of these sizes (a `VisionTowerConfig`) takes, counted on tensors without content."""
+    """Return what a tower (a `VisionTowerConfig`) takes, counted on tensors without content, once for each."""
+    return _tower_flops(config.to_json_string(use_diff=False))
+
+
+@lru_cache(maxsize=16)
+def _tower_flops(sizes: str) -> TowerFlops:
+    config = VisionTowerConfig.from_dict(json.loads(sizes))
     with torch.device("meta"):
         tower = VisionTower(config)
         pixels = torch.empty(1, 3, config.image_size, config.image_size)

@@ -26,6 +26,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from vilau.modeling.codebook import Codebooks
 from vilau.training import parallel
 from vilau.training.blocks import compile_blocks, find_blocks, recompute_in_backward
 from vilau.training.config import ScaleConfig
@@ -55,7 +56,8 @@ class Spread:
     DDP (the default with several processes) sums gradients in buckets while the backward pass still runs. Parameters
     that a process did not use count as zero there; those that none used keep no gradient. FSDP2 also shards weights,
     gradients and optimizer states: the blocks that the stage names one by one, all other trained parameters together;
-    frozen parameters outside those blocks and all buffers (the codebook) stay whole everywhere.
+    frozen parameters outside those blocks and all buffers (the codebook) stay whole everywhere. A quantizer that learns
+    by gradients is a block of its own, because it stays in float32 whatever the precision.
 
     Args:
         stage: its module is changed in place.
@@ -97,11 +99,12 @@ class Spread:
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
         offload = CPUOffloadPolicy() if scale.cpu_offload else OffloadPolicy()
         mesh = init_device_mesh(self.device.type, (parallel.world_size(),))
-        units = stage.sharded_blocks()
+        units = dict.fromkeys(stage.sharded_blocks(), precision)
+        units |= {part: MixedPrecisionPolicy() for part in step_module.modules() if _learns_codes(part)}
         in_units = {p for unit in units for p in unit.parameters()}
         whole = {p for p in step_module.parameters() if not p.requires_grad} - in_units
-        for unit in units:
-            fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=offload)
+        for unit, policy in units.items():
+            fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=offload)
         fully_shard(step_module, mesh=mesh, mp_policy=precision, offload_policy=offload, ignored_params=whole)
         for part in step_module.modules():
             if isinstance(part, FSDPModule):
@@ -220,6 +223,10 @@ def refuse_slow_bf16(device: torch.device) -> None:
             f"scale.precision is bf16, but on this CPU bfloat16 matrix products take {ratio:.0f} times as long as "
             "float32 ones; set scale.precision to float32, or scale.allow_slow to true if it must be"
         )
+
+
+def _learns_codes(part: nn.Module) -> bool:
+    return isinstance(part, Codebooks) and any(p.requires_grad for p in part.parameters())
 
 
 def _detached(value: torch.Tensor | float) -> torch.Tensor | float:
