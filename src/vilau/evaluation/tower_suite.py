@@ -16,8 +16,8 @@ from vilau.evaluation.features import FeatureExtractor, load_extractor
 from vilau.evaluation.subject import weights_digest
 from vilau.evaluation.tower import EncodeTexts, TowerFigures, ValidationSet, measure_tower
 from vilau.evaluation.tower_data import nano_validation
-from vilau.modeling.vision_tower import VisionTower
-from vilau.shipped import find_tower
+from vilau.shipped import TOWER_TYPE, find_tower, model_type
+from vilau.tower import VisionTower
 from vilau.training.vision_tower import encode_captions
 
 SUITE_VERSION = 1
@@ -35,7 +35,8 @@ def run_tower_suite(
 
     Args:
         model: folder or hub id of a tower or a whole model; the shipped model if absent. Zero-shot and retrieval
-            figures need a tower that was saved with its text encoder and tokenizer, as stage 1 does.
+            figures need a tower in a folder of its own, with its text encoder and tokenizer, as stage 1 saves it: the
+            tokenizer of a whole model belongs to its language model.
         limit: at most so many pictures.
         extractor: as for `load_extractor`.
 
@@ -48,12 +49,17 @@ def run_tower_suite(
     features = load_extractor(extractor)
     pictures = PICTURES if limit is None else max(2, min(PICTURES, limit))
     data = nano_validation(World.load(), tower.config.image_size, pictures, seed)
-    found = measure_finished(tower, find_tower(model), data, features)
+    folder = Path(find_tower(model))
+    left_out: dict[str, str] = {}
+    if tower.text_encoder is not None and folder.is_dir() and model_type(folder) != TOWER_TYPE:
+        left_out["zero_shot, retrieval"] = "a whole model brings no tokenizer for the captions of its tower"
+    found = measure_finished(tower, find_tower(model), data, features, captions=not left_out)
     return {
         "suite": "tower",
         "suite_version": SUITE_VERSION,
         "metrics": {name: round(value, 4) for name, value in found.metrics.items()},
         "samples": found.items,
+        "left_out": left_out,
         "chance": {name: round(value, 4) for name, value in data.chance().items() if name in found.metrics},
         "protocol": {
             "data": data.name,
@@ -76,13 +82,15 @@ def measure_finished(
     *,
     quantize: bool = True,
     reconstruct: bool = True,
+    captions: bool = True,
 ) -> TowerFigures:
     """Measure a tower with the tokenizer that lies beside it; without a text encoder, pictures alone.
 
-    `quantize` is False for a tower that was only aligned, `reconstruct` for one whose decoder was not trained.
+    `quantize` is False for a tower that was only aligned, `reconstruct` for one whose decoder was not trained,
+    `captions` where pictures alone are to be measured.
     """
     encode = None
-    if tower.text_encoder is not None:
+    if tower.text_encoder is not None and captions:
         try:
             encode = text_encoding(tower, AutoTokenizer.from_pretrained(folder))
         except (OSError, ValueError) as error:
