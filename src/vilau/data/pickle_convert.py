@@ -24,7 +24,7 @@ from PIL import Image
 
 from ..files import atomic_path
 from .pickles import read_shard
-from .sources.files import find_files
+from .sources.paths import find_files
 
 _MAGIC = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp", b"GI": "gif"}
 _MARK = re.compile(r"\s*<image>\s*")

@@ -96,13 +96,14 @@ def test_names_of_subfolders_as_captions(tmp_path: Path, options: ReadOptions) -
 def test_bad_rows_are_named(row: str, kind: str, tmp_path: Path, options: ReadOptions) -> None:
     """Whatever is wrong with one row has a name of its own, and the next row is read all the same."""
     (tmp_path / "p.png").write_bytes(encoded(0))
-    (tmp_path / "captions.jsonl").write_text(f'{row}\n\n{{"file_name": "p.png", "text": "good"}}\n')
+    good = '{"file_name": "p.png", "text": "good"}'
+    (tmp_path / "captions.jsonl").write_text(f"{good}\n{row}\n\n{good}\n")
     source = FolderConfig(path=str(tmp_path)).open(options)
-    assert len(source) == 2
+    assert len(source) == 3
     with pytest.raises(BadSample) as caught:
-        source.read(0)
+        source.read(1)
     assert caught.value.kind == kind
-    assert source.read(1).turns[1].parts[0].text == "good"
+    assert source.read(2).turns[1].parts[0].text == "good"
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,7 @@ def test_whole_sources_that_are_wrong(tmp_path: Path, options: ReadOptions) -> N
     with pytest.raises(ValueError, match="has none of captions.jsonl"):
         FolderConfig(path=str(tmp_path), captions="table").open(options)
     (tmp_path / "captions.csv").write_text("file_name,text\n")
-    with pytest.raises(ValueError, match="it has no rows"):
+    with pytest.raises(ValueError, match="captions.csv: there is not one record in it"):
         FolderConfig(path=str(tmp_path)).open(options)
     (tmp_path / "captions.csv").write_text("")
     with pytest.raises(ValueError, match="first line must name the columns"):

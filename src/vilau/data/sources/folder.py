@@ -16,9 +16,10 @@ from pydantic import Field, model_validator
 from ..permutation import hash64
 from ..sample import Sample
 from .filters import parse_filters, passes_all
-from .lines import Strings, Table
 from .pairs import ImageTextConfig, captions_if_needed, captions_of
 from .source import BadSample, ReadOptions, Source, decode_image, decode_text, image_text, parse_json, read_file
+from .strings import Strings
+from .tables import open_table
 
 PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
 TABLES = ("captions.jsonl", "captions.csv", "metadata.jsonl", "metadata.csv")
@@ -126,18 +127,17 @@ class TableSource:
 
     def __init__(self, config: FolderConfig, root: Path, table: Path, options: ReadOptions) -> None:
         self.name, self.config, self.root, self.options = config.label, config, root, options
-        self._table = Table(table)
+        self._table = open_table(str(table), options.cache)
         self._kept: list[int] | None = None
         if config.filters:
             filters = parse_filters(config.filters)
             self._kept = [number for number in range(len(self._table)) if self._passes(number, filters)]
         if not len(self):
-            reason = "no row passes the filters" if len(self._table) else "it has no rows"
-            raise ValueError(f"source {self.name!r} ({table}): {reason}")
+            raise ValueError(f"source {self.name!r} ({table}): no row passes the filters")
 
     def _passes(self, number: int, filters: Any) -> bool:
         try:
-            return passes_all(filters, self._table.row(number))
+            return passes_all(filters, self._table.read(number))
         except BadSample:
             return False
 
@@ -145,12 +145,11 @@ class TableSource:
         return len(self._table if self._kept is None else self._kept)
 
     def shard(self, index: int) -> str:
-        return self._table.path.name
+        return self._table.path(index).name
 
     def read(self, index: int) -> Sample:
         number = index if self._kept is None else self._kept[index]
-        row = self._table.row(number)
-        where = f"{self._table.path.name} row {number + 1}"
+        row, where = self._table.read(number), self._table.where(number)
         name = _file_of(row, self.config.file_field, where)
         captions = captions_if_needed(self.options, lambda: captions_of(row, self.config.caption_field, where))
         pixels = decode_image(_below(self.root, name), f"{where}: {name}", self.options, self.config.min_side)

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from ..sample import Sample
 from .dialogue import Mark, RecordConfig, RecordSource, Said, as_list, build_sample, find_marks, has_any
-from .files import find_files
 from .media import Media
 from .parquet import GroupCache, open_parquet
+from .paths import find_files
 from .records import Records, peek
 from .source import BadSample, ReadOptions, Source
 
@@ -126,7 +126,7 @@ class ParquetRecords(Records):
         self._cache = GroupCache(self._columns, cache_bytes)
 
     def read(self, index: int) -> Mapping[str, Any]:
-        file, row = self._find(index)
+        file, row = self.find(index)
         ends = self._groups[file]
         group = bisect_right(ends, row) - 1
         try:

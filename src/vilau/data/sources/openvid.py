@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -11,10 +9,9 @@ from pydantic import Field
 
 from ..sample import Sample, Turn, text
 from .dialogue import RecordConfig, media_folder
-from .files import find_files
-from .lines import Table
 from .media import Media
 from .source import ReadOptions, Source, require_text
+from .tables import Rows
 
 
 class OpenVidConfig(RecordConfig):
@@ -42,37 +39,28 @@ class OpenVidSource:
 
     def __init__(self, config: OpenVidConfig, options: ReadOptions) -> None:
         self.name, self.config, self.options = config.label, config, options
-        self._tables = [Table(path) for path in find_files(config.path, ".csv")]
-        for table in self._tables:
+        self._rows = Rows(config.path, options.cache)
+        for number, path in enumerate(self._rows.paths):
+            columns = self._rows.columns(number)
             for option in ("video_column", "caption_column"):
-                if getattr(config, option) not in table.columns:
+                if getattr(config, option) not in columns:
                     raise ValueError(
-                        f"source {self.name!r}: {table.path} has no column {getattr(config, option)!r}: name it as "
-                        f"{option} (there are: {', '.join(table.columns)})"
+                        f"source {self.name!r}: {path} has no column {getattr(config, option)!r}: name it as "
+                        f"{option} (there are: {', '.join(columns)})"
                     )
         self._folder = media_folder(config)
-        self._ends = list(accumulate(map(len, self._tables)))
-        if not self._ends[-1]:
-            raise ValueError(f"source {self.name!r} ({config.path}): there are no rows")
 
     def __len__(self) -> int:
-        return self._ends[-1]
-
-    def _find(self, index: int) -> tuple[Table, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} is out of range: {self.name} has {len(self)}")
-        number = bisect_right(self._ends, index)
-        return self._tables[number], index - (self._ends[number - 1] if number else 0)
+        return len(self._rows)
 
     def shard(self, index: int) -> str:
-        return self._find(index)[0].path.name
+        return self._rows.path(index).name
 
     def read(self, index: int) -> Sample:
-        table, number = self._find(index)
-        row = table.row(number)
-        where = f"{table.path.name} row {number + 1}"
+        row, where = self._rows.read(index), self._rows.where(index)
+        path, number = self._rows.path(index), self._rows.find(index)[1]
         named = require_text(row[self.config.video_column], f"{where}: {self.config.video_column}")
         caption = require_text(row[self.config.caption_column], f"{where}: {self.config.caption_column}")
-        film = Media(self._folder or table.path.parent, self.options).video(named, f"{where}, {named[-80:]}")
+        film = Media(self._folder or path.parent, self.options).video(named, f"{where}, {named[-80:]}")
         turns = (Turn("user", (text(caption),)), Turn("assistant", (film,)))
-        return Sample(f"{self.name}/{table.path.stem}/{number}", "text_video", turns)
+        return Sample(f"{self.name}/{path.stem}/{number}", "text_video", turns)

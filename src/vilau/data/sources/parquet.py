@@ -23,10 +23,10 @@ import numpy as np
 from pydantic import Field
 
 from ..sample import Sample
-from .files import find_files
 from .filters import Filter, parse_filters
 from .index_files import NumberFile, kept_numbers
 from .pairs import CAPTION_FIELDS, ImageTextConfig, captions_if_needed
+from .paths import find_files
 from .source import BadSample, ReadOptions, Source, captions_in, decode_image, image_text
 
 logger = logging.getLogger(__name__)

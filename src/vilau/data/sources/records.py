@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from .files import find_files
 from .index_files import NumberFile, kept_numbers
+from .paths import find_files
 from .source import BadSample, OpenFiles, parse_json
 
 # A string, a bracket, or a quote that never closes; what lies between them cannot begin or end a record.
@@ -42,13 +42,16 @@ class Records:
         ValueError: a file is not readable or no list of records, or there is not one record in all of them.
     """
 
+    suffixes = JSON_SUFFIXES
+    rules = "records"  # the index's name: what is counted as one
+
     def __init__(self, path: str, cache: Path | None = None) -> None:
-        self.paths = expand(path, JSON_SUFFIXES)
+        self.paths = expand(path, self.suffixes)
         self._files = OpenFiles()
         self._spans: list[NumberFile] = []  # offset and length of each record, one after the other
         for file in self.paths:
             try:
-                spans = kept_numbers(file, ["records"], cache, lambda f=file: _index(f))  # type: ignore[misc]
+                spans = kept_numbers(file, [self.rules], cache, lambda f=file: self.index_of(f))  # type: ignore[misc]
             except OSError as error:
                 raise ValueError(f"cannot read {file}: {error.strerror or error}") from error
             self._spans.append(spans)
@@ -59,8 +62,8 @@ class Records:
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def _find(self, index: int) -> tuple[int, int]:
-        """The file of a record, and the record's number within it."""
+    def find(self, index: int) -> tuple[int, int]:
+        """The number of a record's file in `paths`, and the record's within it."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} is out of range: there are {len(self)}")
         file = bisect_right(self._ends, index)
@@ -68,11 +71,11 @@ class Records:
 
     def path(self, index: int) -> Path:
         """The file that holds a record."""
-        return self.paths[self._find(index)[0]]
+        return self.paths[self.find(index)[0]]
 
     def where(self, index: int) -> str:
         """A record's place, for errors: its file, and its number there, from 0."""
-        file, number = self._find(index)
+        file, number = self.find(index)
         return f"{self.paths[file].name}, record {number}"
 
     def read(self, index: int) -> Mapping[str, Any]:
@@ -81,30 +84,33 @@ class Records:
         Raises:
             BadSample: bad_json, bad_record (no mapping), missing_file.
         """
-        file, number = self._find(index)
+        file, number = self.find(index)
         spans, where = self._spans[file], self.where(index)
         try:
             data = self._files.read(self.paths[file], spans[2 * number], spans[2 * number + 1])
         except OSError as error:
             raise BadSample("missing_file", f"{where}: {error.strerror}") from error
+        return self.parse(data, file, where)
+
+    def index_of(self, path: Path) -> np.ndarray:
+        """Offset and length of each record of a file, flat."""
+        with path.open("rb") as file:
+            start = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
+            file.seek(start)
+            blocks = iter(lambda: file.read(4096), b"")
+            first = next((block.lstrip(_BLANKS)[:1] for block in blocks if block.strip(_BLANKS)), b"")
+        if first == b"[":
+            return _json_list(path)
+        if first not in (b"{", b""):
+            raise ValueError(f"{path} begins with {first!r}: it is neither a JSON list nor JSONL (unpack it first?)")
+        return _lines(path, start)
+
+    def parse(self, data: bytes, file: int, where: str) -> Mapping[str, Any]:
+        """A record from its bytes; `file` is the number of its file, `where` names it in errors."""
         record = parse_json(data, where)
         if not isinstance(record, Mapping):
             raise BadSample("bad_record", f"{where}: a {type(record).__name__}, not a mapping")
         return record
-
-
-def _index(path: Path) -> np.ndarray:
-    """Offset and length of each record of a file, flat."""
-    with path.open("rb") as file:
-        start = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
-        file.seek(start)
-        blocks = iter(lambda: file.read(4096), b"")
-        first = next((block.lstrip(_BLANKS)[:1] for block in blocks if block.strip(_BLANKS)), b"")
-    if first == b"[":
-        return _json_list(path)
-    if first not in (b"{", b""):
-        raise ValueError(f"{path} begins with {first!r}: it is neither a JSON list nor JSONL (unpack it first?)")
-    return _lines(path, start)
 
 
 def _lines(path: Path, start: int) -> np.ndarray:

@@ -15,10 +15,10 @@ from typing import Literal
 from pydantic import Field
 
 from ..sample import Sample
-from .files import find_files
 from .filters import parse_filters, passes_all
 from .index_files import NumberFile, kept_numbers
 from .pairs import IMAGE_ENDINGS, ImageTextConfig, captions_if_needed, captions_of
+from .paths import find_files
 from .source import (
     BadSample,
     OpenFiles,

@@ -1,4 +1,4 @@
-"""Files by path, folder, glob or range, and records by line: what sources of several files share."""
+"""The files that a path stands for: one file, a folder, a glob or a range."""
 
 from __future__ import annotations
 
