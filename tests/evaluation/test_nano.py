@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 
+from vilau.cli.evaluate import table as evaluate_table
 from vilau.evaluation.nano import PARTS, Counts, run_suite, tune_sampling
 from vilau.evaluation.report import GOALS, MEANINGS, main, markdown, plain_lines, table
 from vilau.evaluation.subject import Sampling
+from vilau.model import VilaUForConditionalGeneration
+from vilau.processing.processor import VilaUProcessor
 
 WANTED = (
     "caption_object",
@@ -67,6 +70,23 @@ def test_parts_alone_give_the_figures_of_the_whole(
     )
     assert part["metrics"] == {name: result["metrics"][name] for name in ("visual_cross_entropy", "text_gap")}
     assert lines
+
+
+def test_a_model_of_continuous_tokens_is_asked_and_nothing_else(
+    random_judge_dir: Path, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    """Without codes there is nothing to draw or score: understanding is measured, the rest is named, never a crash."""
+    model = VilaUForConditionalGeneration.from_pretrained(tiny_model_dir)
+    model.config.vision_config.quantizer = "none"
+    VilaUForConditionalGeneration(model.config).save_pretrained(tmp_path)
+    VilaUProcessor.from_pretrained(tiny_model_dir).save_pretrained(tmp_path)
+    found = run_suite(tmp_path, limit=2, device="cpu", judge_path=random_judge_dir)
+    assert set(found["left_out"]) == {"draw", "film", "reconstruction", "text_gap"}
+    assert {"caption_object", "questions", "multi_image", "video_text", "easy_vqa"} <= set(found["metrics"])
+    assert not any(name.startswith(("draw", "film", "reconstruction", "code")) for name in found["metrics"])
+    assert any("left out: draw" in line for line in evaluate_table(found))
+    with pytest.raises(ValueError, match="reads continuous tokens .*: draw need codes"):
+        run_suite(tmp_path, limit=2, device="cpu", judge_path=random_judge_dir, only=["draw"])
 
 
 def test_tuning_never_touches_heldout_combinations(tiny_model_dir: Path) -> None:

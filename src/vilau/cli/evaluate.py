@@ -87,4 +87,5 @@ def table(result: dict[str, Any]) -> list[str]:
     lines += [
         f"ceiling of {name:<15} {value:>9.3f}" for name, value in ceilings.items() if name not in result["metrics"]
     ]
+    lines += [f"left out: {name}: {reason}" for name, reason in result.get("left_out", {}).items()]
     return lines

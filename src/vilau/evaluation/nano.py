@@ -75,6 +75,7 @@ class Suite:
     samples: dict[str, int] = field(default_factory=dict)
     ceilings: dict[str, float] = field(default_factory=dict)
     baselines: dict[str, float] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def add(self, name: str, value: float | None, items: int) -> None:
         """Keep a figure."""
@@ -205,13 +206,15 @@ def answer_easy_vqa(suite: Suite) -> None:
         questions = suite.draw(4).some(questions, number)
     suite.say(f"answering {len(questions)} questions of easy-VQA")
     numbers = sorted({number for _, _, number in questions})
-    found = suite.subject.encode(np.stack([easy.picture(number) for number in numbers]))
-    codes = {number: found[row : row + 1] for row, number in enumerate(numbers)}
+    codes: dict[int, torch.Tensor] = {}
+    if suite.subject.has_codes:  # a picture that several questions are about is read once
+        found = suite.subject.encode(np.stack([easy.picture(number) for number in numbers]))
+        codes = {number: found[row : row + 1] for row, number in enumerate(numbers)}
     asked = [
         [{"role": "user", "content": [{"type": "image", "image": easy.picture(n)}, {"type": "text", "text": q}]}]
         for q, _, n in questions
     ]
-    said = suite.subject.answer(asked, EASY_TOKENS, [codes[n] for _, _, n in questions])
+    said = suite.subject.answer(asked, EASY_TOKENS, [codes[n] for _, _, n in questions] if codes else None)
     right = [same_answer(words, answer) for words, (_, answer, _) in zip(said, questions, strict=True)]
     opened = [answer not in ("yes", "no") for _, answer, _ in questions]
     suite.add_share("easy_vqa", right)
@@ -273,6 +276,7 @@ PARTS: dict[str, Callable[[Suite], None]] = {
     "reconstruction": rebuild_pictures,
     "text_gap": measure_text_gap,
 }
+NEED_CODES = ("draw", "film", "reconstruction", "text_gap")
 
 
 def run_suite(
@@ -305,10 +309,10 @@ def run_suite(
 
     Returns:
         ``metrics``, ``ceilings`` (by metric), ``samples`` (items by metric), ``protocol``, ``baselines`` (of easy-VQA,
-        without looking at the picture).
+        without looking at the picture), ``left_out`` (part -> reason): a model of continuous tokens can only be asked.
 
     Raises:
-        ValueError: a wrong argument, or a model or judge that cannot be loaded.
+        ValueError: a wrong argument, a model or judge that cannot be loaded, or nothing of `only` can be measured.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1, or absent for all items")
@@ -324,8 +328,13 @@ def run_suite(
     subject = Subject(load(found, device), sampling or Sampling())
     say = progress or (lambda line: None)
     suite = Suite(subject, world, judge, split, seed, limit, Counts().limited(limit), say)
-    for name, part in PARTS.items():
-        if not only or name in only:
+    chosen = {name: part for name, part in PARTS.items() if not only or name in only}
+    if not subject.has_codes:
+        suite.left_out = {name: "the model reads continuous tokens: no codes" for name in chosen if name in NEED_CODES}
+        if len(suite.left_out) == len(chosen):
+            raise ValueError(f"{found} reads continuous tokens (quantizer 'none'): {', '.join(chosen)} need codes")
+    for name, part in chosen.items():
+        if name not in suite.left_out:
             part(suite)
     return {
         "metrics": suite.metrics,
@@ -333,6 +342,7 @@ def run_suite(
         "samples": suite.samples,
         "protocol": protocol(suite, found),
         "baselines": suite.baselines,
+        "left_out": suite.left_out,
     }
 
 

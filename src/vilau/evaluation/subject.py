@@ -61,6 +61,11 @@ class Subject:
         """Frames of its films."""
         return int(self.model.config.num_frames)
 
+    @property
+    def has_codes(self) -> bool:
+        """Whether its tower quantises; a model of continuous tokens can be asked, but cannot draw."""
+        return bool(self.model.vision_tower.quantizer.discrete)
+
     def settings(self) -> dict[str, Any]:
         """Return the sampling in force: what was asked for, the model's own where nothing was."""
         own = asdict(self.model.visual_defaults())
