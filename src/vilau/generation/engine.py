@@ -104,7 +104,7 @@ class Engine:
                 continue
             sound = torch.ones((), dtype=torch.bool, device=self.device)
             empty = more[0] if more else None
-            job.sequences.append(Picture(job, request, number, seed, request.scales(), row, empty, sound))
+            job.sequences.append(Picture(job, request, number, seed, request.scales().tolist(), row, empty, sound))
         self._read(request.prompt, [Target(sequence, sequence.row, False) for sequence in job.sequences])
         empties = [
             Target(picture, picture.empty, True)
@@ -394,7 +394,7 @@ class Engine:
             else:
                 self.failed(picture.job, FloatingPointError("the model's states are not finite"))
             return
-        if picture.empty is not None and picture.done >= picture.request.guided_positions:
+        if picture.empty is not None and not picture.guided_still:
             empty, picture.empty = picture.empty, None
             self._store.release(empty)
         self._pictures.remove(picture)

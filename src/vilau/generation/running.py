@@ -62,15 +62,15 @@ class Picture:
     """A picture or film being drawn: `codes` (D,) are the last ones; `state`, `empty_state` predict the next ones.
 
     The states are there after the prompts have been read, before the first position; from then on they come from
-    feeding the codes. `row` has the prompt, `empty` the one without text until the last guided position. `sound` ()
-    stays true while the states are finite.
+    feeding the codes. `scales` is the guidance of each position. `row` has the prompt, `empty` the one without text
+    until the last guided position. `sound` () stays true while the states are finite.
     """
 
     job: Job
     request: VisualSequenceRequest
     number: int
     seed: int
-    scales: torch.Tensor
+    scales: list[float]
     row: Row
     empty: Row | None
     sound: torch.Tensor
@@ -79,6 +79,11 @@ class Picture:
     state: torch.Tensor | None = None
     empty_state: torch.Tensor | None = None
     gone: bool = False
+
+    @property
+    def guided_still(self) -> bool:
+        """Whether any position to come is guided."""
+        return any(scale != 1 for scale in self.scales[self.done :])
 
     @property
     def rows(self) -> list[Row]:
@@ -151,7 +156,7 @@ class Cohort:
         longest = max(len(picture.scales) for picture in pictures)
         scales = torch.ones((longest, count))
         for number, picture in enumerate(pictures):
-            scales[: len(picture.scales), number] = picture.scales
+            scales[: len(picture.scales), number] = torch.tensor(picture.scales)
         rows = list(range(count))
         for row, number in enumerate(self.guided):
             rows[number] = count + row
@@ -187,7 +192,7 @@ class Drawing:
     def __init__(self, step: VisualStep, cohort: Cohort, hidden: torch.Tensor) -> None:
         self.step, self.cohort, self.state = step, cohort, cohort.state
         count = len(cohort.pictures)
-        guided = any(float(p.scales[p.done]) != 1 for p in cohort.pictures)
+        guided = any(p.scales[p.done] != 1 for p in cohort.pictures)
         rows = len(hidden) if guided else count
         cohort.sound &= torch.isfinite(hidden[:count]).all(1)
         self.x = hidden[:rows]
