@@ -34,6 +34,7 @@ from vilau.checkpoints.shards import (
     open_weights,
     read_json,
     read_metadata,
+    write_json,
     write_shard,
 )
 from vilau.checkpoints.target import check_target, partial_folder, put_in_place
@@ -156,7 +157,7 @@ def _to_ours(source: Path, cast: torch.dtype | None, shard_bytes: int) -> Job:
         if cast is not None:
             config.dtype = cast
         config.save_pretrained(folder)
-        _write_json(folder / "generation_config.json", released_generation(source))
+        write_json(folder / "generation_config.json", released_generation(source))
         processor.save_pretrained(folder)
         counts = sum(tensor.numel() for tensor in (torch.empty(s, device="meta") for _, s in shapes.values()))
         (folder / "README.md").write_text(model_card(config, counts, source), encoding="utf-8")
@@ -195,7 +196,7 @@ def _keep(checkpoint: ReleasedCheckpoint, folder: Path) -> None:
         "metadata": {name: value for name, value in _metadata(checkpoint).items() if value != FORMAT},
         "dtypes": {name: str(released[name].dtype).removeprefix("torch.") for name in sorted(book_sources)},
     }
-    _write_json(folder / FACTS, facts)
+    write_json(folder / FACTS, facts)
 
 
 def _metadata(checkpoint: ReleasedCheckpoint) -> dict[str, dict[str, str] | None]:
@@ -232,7 +233,7 @@ def _split(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], limit: int
 def _write_index(folder: Path, shards: Mapping[str, Shapes]) -> None:
     total = sum(nbytes(*fact) for shapes in shards.values() for fact in shapes.values())
     weight_map = {name: Path(file).name for file, shapes in shards.items() for name in shapes}
-    _write_json(
+    write_json(
         folder / "model.safetensors.index.json",
         {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
     )
@@ -385,8 +386,3 @@ def comparable(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: comparable(item) for key, item in value.items() if key not in ignored}
     return [comparable(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

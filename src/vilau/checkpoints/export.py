@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from vilau.checkpoints.shards import write_json
 from vilau.checkpoints.target import check_target, partial_folder, put_in_place
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -64,12 +65,12 @@ def export_model(
     config = json.loads((source / "config.json").read_text())
     config["dtype"] = "float32"
     config["architectures"] = ["VilaUForConditionalGeneration"]
-    _write_json(beside / "config.json", config)
+    write_json(beside / "config.json", config)
     stored = source / "generation_config.json"
     generation: dict[str, Any] = json.loads(stored.read_text()) if stored.is_file() else {}
     generation.pop("_from_model_config", None)  # the library would drop the sampling settings when loading
     tokens = {key: config["text_config"].get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    _write_json(beside / "generation_config.json", tokens | generation | dict(sampling or {}))
+    write_json(beside / "generation_config.json", tokens | generation | dict(sampling or {}))
     for path in source.iterdir():
         if path.name.startswith("tokenizer") or path.name in ("processor_config.json", "special_tokens_map.json"):
             shutil.copyfile(path, beside / path.name)
@@ -81,7 +82,3 @@ def export_model(
 def name_is_codebook(name: str) -> bool:
     """Return whether a tensor belongs to the quantizer, which stays in float32."""
     return _KEPT_FLOAT32 in name
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from vilau.checkpoints.released_config import MODEL_TYPE, PARTS
-from vilau.checkpoints.shards import read_json
+from vilau.checkpoints.shards import read_json, write_json
 from vilau.configuration import VilaUConfig
 
 _OURS_ONLY = ("extra.safetensors", "layout.json")
@@ -47,7 +46,7 @@ def released_files(
     else:
         for name, value in configurations(config).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            _write_json(folder / name, value)
+            write_json(folder / name, value)
         _tokenizer(source, folder)
     if cast is not None:
         _state_dtype(folder, str(cast))
@@ -183,12 +182,12 @@ def _tokenizer(source: Path, folder: Path) -> None:
     generation = source / "generation_config.json"
     if generation.is_file():
         stored = {key: value for key, value in read_json(generation).items() if not key.startswith("visual_")}
-        _write_json(folder / "llm" / "generation_config.json", stored)
+        write_json(folder / "llm" / "generation_config.json", stored)
     settings = source / "processor_config.json"
     if settings.is_file():
         template = read_json(settings).get("template")
         if not isinstance(template, dict) or template.get("name") != "vicuna_v1":
-            _write_json(folder / "processor_config.json", {"template": template})
+            write_json(folder / "processor_config.json", {"template": template})
 
 
 def _state_dtype(folder: Path, dtype: str) -> None:
@@ -203,8 +202,4 @@ def _state_dtype(folder: Path, dtype: str) -> None:
             for fields in (value, *(value.get(f"{name}_cfg") for name in PARTS)):
                 if isinstance(fields, dict) and fields.get("torch_dtype"):
                     fields["torch_dtype"] = short
-            _write_json(file, value)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            write_json(file, value)

@@ -285,6 +285,12 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object as the library does, indented, keys sorted; the folder is made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def listed(names: Sequence[str], most: int = 12) -> str:
     """Return names for an error message: all of a few, the first of many."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
