@@ -31,3 +31,13 @@ def test_it_draws_what_it_then_describes(shipped_model_dir: Path) -> None:
     said = [(prompt, model.ask(picture)) for prompt in prompts for picture in model.draw(prompt, n=3, seed=0)]
     assert sum(prompt == answer for prompt, answer in said) >= 6, said
     assert all(answer.split()[-2] == prompt.split()[-2] for prompt, answer in said), said
+
+
+def test_a_conversation_goes_on_with_its_own_pictures(shipped_model_dir: Path) -> None:
+    """What `converse` gives is the content of a message. The model never learnt mixed answers: it draws, and no more."""
+    model = vilau.load(device="cpu")
+    messages = [{"role": "user", "content": "a red apple on a blue background"}]
+    content = model.converse(messages, max_new_tokens=8, max_pictures=1)
+    assert [part["type"] for part in content].count("image") == 1
+    messages += [{"role": "assistant", "content": content}, {"role": "user", "content": "what is this?"}]
+    assert "apple" in model.chat(messages)

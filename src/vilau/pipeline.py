@@ -67,13 +67,7 @@ class Pipeline:
 
         media: a path or a picture, or a list of them; a film is a path or a list of pictures inside the list.
         """
-        items = [media] if isinstance(media, str | os.PathLike | Image.Image) else list(media)
-        parts = [_medium(item) for item in items]
-        if question is None and any(part["type"] == "video" for part in parts):
-            question = DESCRIBE_FILM
-        if question is not None:
-            parts.append({"type": "text", "text": question})
-        return self.chat(_user(*parts), num_frames, **generation)
+        return self.chat(question_about(media, question), num_frames, **generation)
 
     def chat(
         self,
@@ -92,6 +86,31 @@ class Pipeline:
             **inputs.to(self.model.device), generation_mode="text", max_new_tokens=max_new_tokens, **generation
         )
         return self.processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
+
+    def converse(
+        self,
+        messages: Sequence[dict[str, Any]],
+        num_frames: int | None = None,
+        max_new_tokens: int = 128,
+        max_pictures: int = 4,
+        **generation: Any,
+    ) -> list[dict[str, Any]]:
+        """Continue a conversation with an answer that may mix text, pictures and films.
+
+        It comes as the content of the assistant's message: texts ``{"type": "text", "text": str}``, pictures ``{"type":
+        "image", "image": PIL}`` and films ``{"type": "video", "video": list of PIL}`` in order. ``num_frames`` is of
+        films that are read and made. ``generation``: the further arguments of the model's `generate_mixed`.
+        """
+        inputs = self.processor.apply_chat_template(messages, generation_mode="interleaved", num_frames=num_frames)
+        answers: Any = self.model.generate(
+            **inputs.to(self.model.device),
+            generation_mode="interleaved",
+            max_new_tokens=max_new_tokens,
+            max_pictures=max_pictures,
+            num_frames=num_frames,
+            **generation,
+        )
+        return self.processor.to_content(answers[0].parts)
 
     def _generate(
         self,
@@ -153,6 +172,17 @@ def choose_device(device: str | None) -> torch.device:
     except Exception as error:
         raise ValueError(f"cannot use the device {device!r}: {first_line(error)}") from error
     return target
+
+
+def question_about(media: Medium | Sequence[Medium] = (), question: str | None = None) -> list[dict[str, Any]]:
+    """Return the messages of a question about pictures and films; without a question, a film's is to describe it."""
+    items = [media] if isinstance(media, str | os.PathLike | Image.Image) else list(media)
+    parts = [_medium(item) for item in items]
+    if question is None and any(part["type"] == "video" for part in parts):
+        question = DESCRIBE_FILM
+    if question is not None:
+        parts.append({"type": "text", "text": question})
+    return _user(*parts)
 
 
 def _user(*parts: dict[str, Any]) -> list[dict[str, Any]]:

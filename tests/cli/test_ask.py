@@ -36,6 +36,21 @@ def test_sampled_answers_repeat_with_their_seed(cli, tiny_model_dir: Path) -> No
     assert first == second
 
 
+def test_an_answer_with_pictures(cli, shipped_model_dir: Path, tmp_path: Path) -> None:
+    """Text is printed and pictures are written, in order. The shipped model never learnt such answers: what is shown is
+    that a prompt of its training is drawn."""
+    out = tmp_path / "answer"
+    common = ("ask", "a red apple on a blue background", "--draw-into", out, "--max-new-tokens", 8, "--max-pictures", 1)
+    result = cli(*common, "--json")
+    parts = json.loads(result.out)["parts"]
+    assert result.code == 0
+    written = [Path(part["file"]) for part in parts if part["type"] != "text"]
+    assert len(written) == 1 and sorted(out.iterdir()) == written
+    (out / "mine.txt").write_text("kept")
+    again = cli(*common)
+    assert again.code == 1 and "not empty" in again.error
+
+
 def test_sorting_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Existing files are media whatever their name; what looks like a file and is none is an error, not a question."""
     monkeypatch.chdir(tmp_path)

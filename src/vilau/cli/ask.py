@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from vilau.cli.common import DEVICE_HELP, JSON_HELP, MODEL_HELP, load_pipeline, print_json, say, shown_model, within
+
+if TYPE_CHECKING:
+    from vilau.pipeline import Pipeline
 
 MEDIA_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif", ".svg",
@@ -33,11 +37,35 @@ def ask(
     seed: int | None = typer.Option(None, callback=within(0, 2**63 - 1), help="Seed of a sampled answer."),
     model: str | None = typer.Option(None, help=MODEL_HELP),
     device: str | None = typer.Option(None, help=DEVICE_HELP),
+    draw_into: Path | None = typer.Option(
+        None,
+        metavar="FOLDER",
+        help="Let the answer mix text with pictures and films, which are written into this folder; for models that "
+        "were trained on such answers.",
+    ),
+    max_pictures: int = typer.Option(
+        4, callback=within(0, 100), help="With --draw-into: most pictures and films of an answer."
+    ),
     as_json: bool = typer.Option(False, "--json", help=JSON_HELP),
 ) -> None:
     """Answer a question about pictures and films, describe them, or just talk. Prints the answer alone."""
     files, question = sort_arguments(arguments)
+    if draw_into is not None:
+        check_folder(draw_into)
     check_media(files)
+    if draw_into is not None:
+        start = time.perf_counter()
+        parts = _mixed_answer(
+            load_pipeline(model, device), files, question, draw_into, frames, max_new_tokens, max_pictures,
+            0.0 if temperature is None else temperature, seed or 0,
+        )  # fmt: skip
+        if not as_json:
+            for part in parts:
+                typer.echo(part["text"] if part["type"] == "text" else part["file"])
+            return
+        facts = {"parts": parts, "question": question, "files": files, "model": shown_model(model)}
+        print_json(facts | {"seconds": round(time.perf_counter() - start, 3)})
+        return
     generation: dict[str, Any] = {}
     if temperature is not None:
         generation = {"do_sample": True, "temperature": temperature}
@@ -63,6 +91,53 @@ def ask(
             "seconds": round(seconds, 3),
         }
     )
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse, before any work, a folder for an answer's pictures that is a file or holds something."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: name a folder for the answer's pictures")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty: name a new folder for the answer's pictures")
+
+
+def _mixed_answer(
+    pipeline: Pipeline,
+    files: list[str],
+    question: str | None,
+    folder: Path,
+    frames: int | None,
+    max_new_tokens: int,
+    max_pictures: int,
+    temperature: float,
+    seed: int,
+) -> list[dict[str, str]]:
+    """Answer and write the pictures; return the parts in order: texts, and files of pictures and films."""
+    from vilau.pipeline import question_about
+    from vilau.processing.images import save_image
+    from vilau.processing.videos import save_video
+
+    answer = pipeline.converse(
+        question_about(files, question),
+        num_frames=frames,
+        max_new_tokens=max_new_tokens,
+        max_pictures=max_pictures,
+        text_temperature=temperature,
+        seed=seed,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for number, part in enumerate(answer, 1):
+        kind = part["type"]
+        if kind == "text":
+            parts.append({"type": kind, "text": part["text"]})
+        elif kind == "image":
+            parts.append({"type": kind, "file": str(save_image(part["image"], folder / f"{number}.png"))})
+        else:
+            parts.append({"type": kind, "file": str(save_video(part["video"], folder / f"{number}.gif"))})
+    if not parts:
+        say("the model had nothing to say")
+    return parts
 
 
 def sort_arguments(arguments: list[str]) -> tuple[list[str], str | None]:
