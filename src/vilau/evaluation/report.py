@@ -117,15 +117,6 @@ def table(result: Result) -> Any:
     return out
 
 
-def plain_lines(result: Result) -> list[str]:
-    """Return the same as lines of plain text."""
-    lines = [f"{'metric':<30} {'value':>8} {'ceiling':>8} {'wanted':>8} {'items':>6}"]
-    for row in rows(result):
-        mark = {True: "", False: "  below", None: ""}[row.reached]
-        lines.append(f"{row.name:<30} {row.value:>8} {row.ceiling:>8} {row.wanted:>8} {row.items:>6}{mark}".rstrip())
-    return lines
-
-
 def markdown(result: Result, command: str = "vilau eval --suite nano --json") -> str:
     """Return a page for docs/results."""
     protocol = result["protocol"]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -214,10 +213,3 @@ def save_image(image: Image.Image | np.ndarray, path: str | os.PathLike[str]) ->
     with atomic_path(target) as temporary:
         (to_rgb(picture) if name in ("JPEG", "BMP") else picture).save(temporary, format=name, **options)
     return target
-
-
-def stack_frames(pictures: Sequence[ImageSource], size: int, mode: SquareMode = "squash") -> np.ndarray:
-    """Pictures -> frames ``(F, size, size, 3)`` uint8; ``(0, size, size, 3)`` for none."""
-    if not pictures:
-        return np.zeros((0, size, size, 3), dtype=np.uint8)
-    return np.stack([to_array(picture, size, mode) for picture in pictures])
