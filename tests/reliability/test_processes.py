@@ -67,7 +67,11 @@ def test_a_killed_worker_comes_back(runner: Any, pair: Any) -> None:
     assert runner.metrics("align") == pair.metrics("align")
 
 
-@pytest.mark.parametrize("stage", FIGURES)
+# the other two are of the same kinds: contrast alone, and packed rows
+@pytest.mark.parametrize(
+    "stage",
+    ["vision_tower", "pretrain", *(pytest.param(name, marks=pytest.mark.long) for name in ("align", "sft"))],
+)
 def test_one_two_one_processes(stage: str, runner_at: Callable[[str], Any], reference: Any) -> None:
     """R8: a stage begun by one process, continued by two and ended by one has the losses of one process throughout."""
     runner = runner_at(stage)
