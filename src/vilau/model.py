@@ -18,7 +18,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vilau.checkpoints.auto import register_released
-from vilau.checkpoints.int8 import Int8Config, check_quantization, quantize_model, register_int8
+from vilau.checkpoints.int8 import Int8Config, check_quantization, quantize_model
 from vilau.checkpoints.loading import load_pretrained
 from vilau.configuration import DepthTransformerConfig, PositionKind, VilaUConfig, VisionTowerConfig
 from vilau.generation.compiled import visual_step
@@ -384,7 +384,6 @@ def register() -> None:
         auto.register(VilaUConfig, VilaUForConditionalGeneration, exist_ok=True)
     AutoProcessor.register(VilaUConfig, VilaUProcessor, exist_ok=True)
     register_released(VilaUForConditionalGeneration, VilaUProcessor)
-    register_int8()
 
 
 __all__ = ["VilaUForConditionalGeneration", "VilaULosses", "VisualOutput", "register"]

@@ -135,11 +135,16 @@ class Pipeline:
         )
 
 
-def load(model: str | os.PathLike[str] | None = None, device: str | None = None, dtype: Any = None) -> Pipeline:
+def load(
+    model: str | os.PathLike[str] | None = None,
+    device: str | None = None,
+    dtype: Any = None,
+    quantize: str | None = None,
+) -> Pipeline:
     """Load a model and its processor; the shipped model unless a folder or a hub id is given.
 
     device: `cpu`, `cuda`, `cuda:1`, `mps`; absent, the GPU if there is one. dtype: float32 on a CPU and as stored
-    elsewhere, unless given.
+    elsewhere, unless given. quantize: `int8` for the language model and the depth transformer (`docs/int8.md`).
 
     Raises:
         ValueError: no such model, a file of it is missing or broken, or there is no such device.
@@ -148,7 +153,10 @@ def load(model: str | os.PathLike[str] | None = None, device: str | None = None,
     name = str(find_model(model))
     try:
         network, loaded = VilaUForConditionalGeneration.from_pretrained(
-            name, dtype=dtype or ("float32" if target.type == "cpu" else "auto"), output_loading_info=True
+            name,
+            dtype=dtype or ("float32" if target.type == "cpu" else "auto"),
+            quantize=quantize,
+            output_loading_info=True,
         )
         processor = VilaUProcessor.from_pretrained(name)
     except Exception as error:

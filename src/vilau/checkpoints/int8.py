@@ -6,6 +6,7 @@ the weights hold ``NAME.weight`` (O, I) int8 and ``NAME.scale`` (O,) float32, th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,6 @@ import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
     register_quantizer,
 )
@@ -27,6 +27,7 @@ VERSION = 1
 QUANTIZATIONS = ("int8",)
 
 
+@register_quantization_config(METHOD)
 @dataclass
 class Int8Config(QuantizationConfigMixin):
     """What ``config.json`` says of a quantised model.
@@ -56,6 +57,7 @@ class QuantizeOnLoad(ConversionOps):
         return {name: quantized.weight, name.removesuffix("weight") + "scale": quantized.scale}
 
 
+@register_quantizer(METHOD)
 class Int8Quantizer(HfQuantizer):
     """The library's loading and saving of int8 models."""
 
@@ -100,11 +102,10 @@ def _empty(linear: nn.Linear) -> Int8Linear:
     return Int8Linear(linear.in_features, linear.out_features, linear.bias is not None, linear.weight.dtype)
 
 
-def register_int8() -> None:
-    """Make the library know the method; harmless when called again."""
-    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(METHOD)(Int8Config)
-        register_quantizer(METHOD)(Int8Quantizer)
+def is_ours(config: Any) -> bool:
+    """Return whether a quantization configuration, as a dict or an object, is of this method."""
+    found = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", None)
+    return bool(found == METHOD)
 
 
 def check_quantization(name: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vilau.checkpoints.int8 import is_ours
 from vilau.checkpoints.layout import HUB_OPTIONS, find_layout, resolve
 from vilau.checkpoints.released import ReleasedCheckpoint
 from vilau.checkpoints.released_config import LIBRARY
@@ -89,7 +90,8 @@ def load_ours(library: Callable[..., Any], folder: Path, args: Sequence[Any], kw
     """Load a model or a tower from a folder of ours through the library's `from_pretrained`, and check that it fits."""
     with_info = kwargs.pop("output_loading_info", False)
     check_fields(read_json(folder / "config.json"), folder / "config.json")
-    quantized = "quantization_config" in kwargs or "quantization_config" in read_json(folder / "config.json")
+    settings = (kwargs.get("quantization_config"), read_json(folder / "config.json").get("quantization_config"))
+    foreign = any(setting is not None and not is_ours(setting) for setting in settings)
     if kwargs.get("variant") is None:
         open_weights(folder)  # truncated or missing shards are named before anything is built
     try:
@@ -98,7 +100,7 @@ def load_ours(library: Callable[..., Any], folder: Path, args: Sequence[Any], kw
         if "size mismatch" in str(error) or "mismatch" in str(error):
             raise ValueError(f"{folder}: the weights do not fit config.json: {error}") from error
         raise
-    if not quantized and not kwargs.get("ignore_mismatched_sizes"):
+    if not foreign and not kwargs.get("ignore_mismatched_sizes"):
         check_loaded(folder, info)
     return (model, info) if with_info else model
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vilau.checkpoints.int8 import is_ours
 from vilau.checkpoints.layout import HUB_OPTIONS, find_layout, resolve
 from vilau.checkpoints.loading import check_fields, check_loaded, load_ours
 from vilau.checkpoints.released import ReleasedCheckpoint
@@ -53,7 +54,7 @@ def load_tower(library: Callable[..., Any], name: Any, args: Sequence[Any], kwar
 
 def _our_tower(folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
     stored = read_json(folder / "config.json")
-    if "quantization_config" in stored:
+    if "quantization_config" in stored and not is_ours(stored["quantization_config"]):
         raise ValueError(f"{folder} holds weights in few bits; take the vision tower out of the model they come from")
     check_fields(stored, folder / "config.json")
     weights = open_weights(folder)

@@ -7,7 +7,16 @@ from typing import Any
 
 import typer
 
-from vilau.cli.common import DEVICE_HELP, JSON_HELP, print_json, quiet_libraries, say, within
+from vilau.cli.common import (
+    DEVICE_HELP,
+    JSON_HELP,
+    QUANTIZE_HELP,
+    check_quantize,
+    print_json,
+    quiet_libraries,
+    say,
+    within,
+)
 
 app = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
 
@@ -38,6 +47,7 @@ def generate(
         None, help="Layout of the weights on a CPU: plain, mkldnn, mkl; the fastest in a trial if absent."
     ),
     compile: bool = typer.Option(False, "--compile", help="Each position as one compiled function or captured graph."),
+    quantize: str | None = typer.Option(None, help=QUANTIZE_HELP),
     pixels: bool = typer.Option(True, help="Time the vision tower too."),
     matrix_mb: int = typer.Option(
         1100, callback=within(1, 100_000), help="Size of the matrix that reading speed is measured with."
@@ -53,6 +63,7 @@ def generate(
     batches = parse_batches(batch)
     if dtype is not None and dtype not in DTYPES:
         raise typer.BadParameter(f"dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}")
+    check_quantize(quantize)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     quiet_libraries()
     import torch
@@ -62,7 +73,7 @@ def generate(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    network = load(model, device, dtype)
+    network = load(model, device, dtype, quantize)
     note = copy_note(network)
     if note is not None and kernel is None:
         say(note)
@@ -99,7 +110,7 @@ def parse_batches(text: str) -> list[int]:
     return numbers
 
 
-def load(model: str, device: str | None, dtype: str | None) -> Any:
+def load(model: str, device: str | None, dtype: str | None, quantize: str | None = None) -> Any:
     """Return a model in evaluation mode: a preset with random weights, or one from a folder."""
     import torch
 
@@ -109,8 +120,9 @@ def load(model: str, device: str | None, dtype: str | None) -> Any:
     if model in PRESETS:
         target = pipeline.choose_device(device)
         chosen = dtype or ("float32" if target.type == "cpu" else "bfloat16")
-        return preset_model(model, target, getattr(torch, chosen))
-    return pipeline.load(None if model == "nano" else model, device, dtype).model
+        network = preset_model(model, target, getattr(torch, chosen))
+        return network if quantize is None else network.quantize(quantize)
+    return pipeline.load(None if model == "nano" else model, device, dtype, quantize).model
 
 
 COLUMNS = (

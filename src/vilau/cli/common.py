@@ -21,6 +21,8 @@ SMALL_MODEL = 50_000_000  # parameters
 
 MODEL_HELP = "Folder or hub id of a model; the shipped one if absent."
 DEVICE_HELP = "cpu, cuda, cuda:1, mps; the GPU if there is one."
+QUANTIZE_HELP = "int8: the language model and the depth transformer in 8 bits; as stored if absent."
+QUANTIZATIONS = ("int8",)
 JSON_HELP = "Print JSON, and nothing else, on stdout."
 
 
@@ -134,3 +136,9 @@ def check_targets(targets: Sequence[Path], force: bool) -> None:
 def shown_model(model: str | None) -> str:
     """The model's name for people and JSON."""
     return "shipped" if model is None else str(model)
+
+
+def check_quantize(name: str | None) -> None:
+    """Raise ``BadParameter`` for a quantisation that there is not."""
+    if name is not None and name not in QUANTIZATIONS:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(QUANTIZATIONS)}", param_hint="--quantize")

@@ -12,6 +12,8 @@ from vilau.cli.common import (
     DEVICE_HELP,
     JSON_HELP,
     MODEL_HELP,
+    QUANTIZE_HELP,
+    check_quantize,
     check_targets,
     print_json,
     quiet_libraries,
@@ -25,7 +27,9 @@ SUITES = ("nano", "tower", "edits")
 
 def evaluate(
     model: str | None = typer.Argument(None, metavar="[MODEL]", help=MODEL_HELP),
-    suite: str = typer.Option("nano", help="nano: the whole model; tower: a vision tower, alone or in a whole model; edits: beyond the paper."),
+    suite: str = typer.Option(
+        "nano", help="nano: the whole model; tower: a vision tower, alone or in a whole model; edits: beyond the paper."
+    ),
     extractor: str | None = typer.Option(
         None, help="Suite tower: features of the Fréchet distance, a TorchScript file; the shipped judge's if absent."
     ),
@@ -34,6 +38,7 @@ def evaluate(
     ),
     seed: int = typer.Option(0, callback=within(0, 2**63 - 1), help="Seed of everything drawn at random."),
     device: str | None = typer.Option(None, help=DEVICE_HELP),
+    quantize: str | None = typer.Option(None, help=QUANTIZE_HELP + " Suite nano."),
     out: Path | None = typer.Option(None, "--out", help="Also write the JSON to this file."),
     force: bool = typer.Option(False, "--force", help="Overwrite an existing file."),
     as_json: bool = typer.Option(False, "--json", help=JSON_HELP),
@@ -45,7 +50,10 @@ def evaluate(
         check_targets([out], force)
     if extractor is not None and suite != "tower":
         raise typer.BadParameter("--extractor is for the tower suite: add --suite tower")
-    result = _measure(model, suite, limit, seed, device, extractor)
+    check_quantize(quantize)
+    if quantize is not None and suite != "nano":
+        raise typer.BadParameter("--quantize is for the nano suite: a vision tower stays float")
+    result = _measure(model, suite, limit, seed, device, extractor, quantize)
     if out is not None:
         write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", out)
     if as_json:
@@ -56,7 +64,13 @@ def evaluate(
 
 
 def _measure(
-    model: str | None, suite: str, limit: int | None, seed: int, device: str | None, extractor: str | None
+    model: str | None,
+    suite: str,
+    limit: int | None,
+    seed: int,
+    device: str | None,
+    extractor: str | None,
+    quantize: str | None,
 ) -> dict[str, Any]:
     from vilau.shipped import find_model, find_tower
 
@@ -72,7 +86,7 @@ def _measure(
         return run_edits(folder, limit=limit, seed=seed, device=device, progress=say)
     from vilau.evaluation.nano import run_suite
 
-    return run_suite(folder, limit=limit, seed=seed, device=device, progress=say)
+    return run_suite(folder, limit=limit, seed=seed, device=device, progress=say, quantize=quantize)
 
 
 def table(result: dict[str, Any]) -> list[str]:

@@ -28,6 +28,7 @@ from vilau.evaluation.motion import judge_motion
 from vilau.evaluation.nearest import NearestRender
 from vilau.evaluation.subject import Sampling, Subject, question_and_answer, weights_digest
 from vilau.evaluation.text_gap import visual_cross_entropy
+from vilau.modeling.int8 import is_int8
 from vilau.pipeline import load
 from vilau.shipped import find_model
 
@@ -292,6 +293,7 @@ def run_suite(
     judge_path: str | Path | None = None,
     objects: int = 48,
     styles: Sequence[str] = ("noto",),
+    quantize: str | None = None,
 ) -> dict[str, Any]:
     """Measure a model.
 
@@ -306,6 +308,7 @@ def run_suite(
         only: names of `PARTS`; all if empty.
         judge_path: folder of another judge than the shipped one.
         objects, styles: the world that the model was trained on.
+        quantize: `int8`, or as stored if absent.
 
     Returns:
         ``metrics``, ``ceilings`` (by metric), ``samples`` (items by metric), ``protocol``, ``baselines`` (of easy-VQA,
@@ -325,7 +328,7 @@ def run_suite(
     found = find_model(model_path)
     world = World.load(objects=objects, styles=styles)
     judge = Judge.load(judge_path)
-    subject = Subject(load(found, device), sampling or Sampling())
+    subject = Subject(load(found, device, quantize=quantize), sampling or Sampling())
     say = progress or (lambda line: None)
     suite = Suite(subject, world, judge, split, seed, limit, Counts().limited(limit), say)
     chosen = {name: part for name, part in PARTS.items() if not only or name in only}
@@ -359,6 +362,7 @@ def protocol(suite: Suite, found: str | Path) -> dict[str, Any]:
         "limit": suite.limit,
         "split": suite.split,
         "sampling": subject.settings(),
+        "quantize": "int8" if is_int8(model) else None,
         "text": {"decoding": "greedy", "max_new_tokens": {"caption": CAPTION_TOKENS, "answer": ANSWER_TOKENS}},
         "batch": {"text": subject.text_batch, "pictures": subject.picture_batch, "films": subject.film_batch},
         "world": {

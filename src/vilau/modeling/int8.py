@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from torch.nn import functional as F
 
 LARGEST = 127
 WIDEST = (2**31 - 1) // LARGEST**2  # inputs of a layer whose sum surely fits into 32 bits
-_SMALLEST = 1e-30  # scale of a row of zeros
+_SMALLEST = 1e-30  # largest weight of a row of zeros
+_ZERO = torch.zeros(1, dtype=torch.int32)  # weights are symmetric
 _MAGIC = 1.5 * 2**23  # added to a small float32, its last byte is the rounded number in two's complement
 
 
@@ -45,11 +47,42 @@ def quantize_weight(weight: torch.Tensor) -> Int8Weight:
     return Int8Weight((values / scale.unsqueeze(1)).round_().to(torch.int8), scale)
 
 
-def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return rows ``(N, I)`` float32 in int8, and their scales ``(N, 1)``."""
-    largest = torch.maximum(x.amax(1, keepdim=True), x.amin(1, keepdim=True).neg_()).clamp_min_(_SMALLEST)
-    shifted = (x * (LARGEST / largest)).add_(_MAGIC)
-    return shifted.view(torch.int32).to(torch.int8), largest / LARGEST
+def quantize_rows(x: torch.Tensor, shift: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows ``(N, I)`` float32 in int8, or with `shift` 128 added in uint8, and their scales ``(N, 1)``.
+
+    The numbers of a row of zeros have no meaning, but its scale is 0.
+    """
+    scale = x.abs().amax(1, keepdim=True).mul_(1 / LARGEST)
+    shifted = (x / scale).add_(_MAGIC + shift).view(torch.int32)
+    return shifted.to(torch.uint8 if shift else torch.int8), scale
+
+
+class RowMemory:
+    """The last rows that were quantised: query, key and value, or gate and up, take the same ones.
+
+    One for a model, on a CPU; what was changed since is quantised again.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[torch.Tensor, int, int, tuple[torch.Tensor, torch.Tensor]] | None = None
+
+    def quantize(self, x: torch.Tensor, shift: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `quantize_rows` of ``x`` (..., I) as rows."""
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or x.is_inference():
+            return quantize_rows(_rows(x), shift)
+        last = self._last
+        if last is not None and last[0] is x and last[1:3] == (x._version, shift):
+            return last[3]
+        made = quantize_rows(_rows(x), shift)
+        self._last = x, x._version, shift, made
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RowMemory:
+        return memo.setdefault(id(self), RowMemory())
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).float()
 
 
 def int8_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -58,7 +91,7 @@ def int8_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     On CUDA the library's kernel wants more than 16 rows and sizes that are multiples of 8: rows are filled up with
     zeros, and sizes that do not fit go through float32 products of pieces that stay exact.
     """
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" and weight.shape[1] > 1:  # of a single column it makes nonsense
         return torch._int_mm(x, weight.t())
     if x.device.type == "cuda" and weight.shape[0] % 8 == 0 and weight.shape[1] % 8 == 0:
         missing = max(0, 32 - len(x))
@@ -73,10 +106,35 @@ def _exact_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.stack([(a.float() @ b.float().t()).to(torch.int32) for a, b in pairs]).sum(0, dtype=torch.int32)
 
 
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """Return a weight ``(O, I)`` int8 in oneDNN's blocked layout, as many bytes again."""
+    return torch.ops.onednn.qlinear_prepack(weight.detach(), None)
+
+
+def packed_product(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return ``(N, O)`` float32, the products of ``x`` (N, I) uint8 less 128 with a packed weight, times ``scale``."""
+    return torch.ops.onednn.qlinear_pointwise(
+        x, 1.0, 128, packed, scale, _ZERO, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
+@lru_cache(maxsize=1)
+def packing_works() -> bool:
+    """Whether oneDNN's product is there and exact: on processors without VNNI its sums of pairs overflow."""
+    x = torch.full((2, 64), 255, dtype=torch.uint8)
+    weight = torch.full((32, 64), -LARGEST, dtype=torch.int8)
+    try:
+        out = packed_product(x, pack(weight), torch.ones(32))
+    except (RuntimeError, AttributeError, NotImplementedError):  # a torch built without oneDNN
+        return False
+    return bool((out == -LARGEST * LARGEST * 64).all())
+
+
 class Int8Linear(nn.Module):
     """A linear layer with an int8 weight; for evaluation only.
 
-    `weight` (O, I) int8, `scale` (O,) float32, `bias` (O,) or ``None`` in the dtype of the model.
+    `weight` (O, I) int8, `scale` (O,) float32, `bias` (O,) or ``None`` in the dtype of the model. On a CPU a copy of
+    the weight in oneDNN's layout is made at the first use.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype | None = None) -> None:
@@ -84,6 +142,8 @@ class Int8Linear(nn.Module):
         if in_features > WIDEST:
             raise ValueError(f"a layer with {in_features} inputs is wider than {WIDEST}, the most that int8 sums hold")
         self.in_features, self.out_features = in_features, out_features
+        self.memory = RowMemory()
+        self._packed: tuple[tuple[int, int], torch.Tensor] | None = None
         weight = torch.zeros((out_features, in_features), dtype=torch.int8)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.scale: torch.Tensor
@@ -106,13 +166,34 @@ class Int8Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError("int8 layers pass no gradients: train the float model and quantise the result")
-        rows = x.reshape(-1, self.in_features).float()
-        if not len(rows):
+        if not x.numel():
             return x.new_zeros((*x.shape[:-1], self.out_features))
-        codes, row_scale = quantize_rows(rows)
-        out = int8_product(codes, self.weight) * row_scale
-        out = out.mul_(self.scale) if self.bias is None else torch.addcmul(self.bias.float(), out, self.scale)
-        return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        packed = self.packed()
+        codes, row_scale = self.memory.quantize(x, 0 if packed is None else 128)
+        if packed is None:
+            out, factor = int8_product(codes, self.weight) * row_scale, self.scale
+        else:
+            out, factor = packed_product(codes, packed, self.scale), row_scale
+        out = out.mul_(factor) if self.bias is None else torch.addcmul(self.bias.float(), out, factor)
+        out = out.to(x.dtype)
+        return out if x.dim() == 2 else out.view(*x.shape[:-1], self.out_features)
+
+    def packed(self) -> torch.Tensor | None:
+        """Return the weight in oneDNN's layout, or ``None`` where the plain one is used."""
+        weight, kept = self.weight, self._packed
+        if weight.device.type != "cpu" or torch.compiler.is_compiling() or not packing_works():
+            return None
+        marks = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+        if kept is None or kept[0] != marks:
+            self._packed = kept = marks, pack(weight)
+        return kept[1]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Int8Linear:
+        self._packed = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_packed": None}  # the blocked layout can be neither copied nor stored
 
     def train(self, mode: bool = True) -> Int8Linear:
         """Raise ValueError for training mode."""
@@ -147,8 +228,11 @@ def quantizable(model: Any) -> Iterator[tuple[str, nn.Linear]]:
 def replace_linears(model: Any, change: Callable[[nn.Linear], Int8Linear] = Int8Linear.of) -> int:
     """Replace the layers that are `quantizable`, one by one, and return how many; the float weights are let go."""
     names = [name for name, _ in quantizable(model)]
+    memory = RowMemory()
     for name in names:
-        model.set_submodule(name, change(model.get_submodule(name)))
+        layer = change(model.get_submodule(name))
+        layer.memory = memory
+        model.set_submodule(name, layer)
     return len(names)
 
 
