@@ -237,7 +237,8 @@ def test_code_vectors_learned_by_gradients_stay_float32_in_shards(
         return multiply(self)
 
     monkeypatch.setattr(Codebooks, "mapped_books", recorded)
-    learning = ["model.vision_config.codebook_learning=gradient"]
+    frozen = "stages.vision_tower.freeze=['^image_encoder.encoder', '^pixel_decoder']"  # each sharded weight takes time
+    learning = ["model.vision_config.codebook_learning=gradient", frozen]
 
     def work() -> None:
         train(tmp_path / "bf16", "vision_tower", 1, learning, sharding="fsdp", precision="bf16", allow_slow=True)

@@ -13,9 +13,9 @@ from vilau.training.vision_tower import TowerStage
 
 
 def test_the_debug_tower_learns(root: Path, tmp_path: Path) -> None:
-    """On held-out pictures, after against before: PSNR + 3 dB, share of codes used + 0.2, retrieval both ways + 0.3.
+    """On held-out pictures, after against before: PSNR + 2.5 dB, codes used + 0.15, retrieval both ways + 0.3.
 
-    Seen with this seed: + 4.7 dB, + 0.31 (0.67 -> 0.98), + 0.61 and + 0.73. No time is asserted.
+    Seen with this seed: + 3.4 dB, + 0.22 (0.73 -> 0.95), + 0.67 and + 0.46. No time is asserted.
     """
     config = load_config(root / "configs" / "nano" / "tower-debug.yaml", [f"output={tmp_path}"])
     data = nano_validation(load_world(config), 32, 96)
@@ -25,6 +25,6 @@ def test_the_debug_tower_learns(root: Path, tmp_path: Path) -> None:
     folder = run(config, show_progress=False)
     after = measure_finished(load_tower(folder), folder, data, None).metrics
     gains = {name: after[name] - before[name] for name in after}
-    assert gains["psnr"] > 3, (before, after)
-    assert gains["code_usage"] > 0.2, (before, after)
+    assert gains["psnr"] > 2.5, (before, after)
+    assert gains["code_usage"] > 0.15, (before, after)
     assert gains["retrieval_image_to_text"] > 0.3 and gains["retrieval_text_to_image"] > 0.3, (before, after)
