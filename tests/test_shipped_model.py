@@ -34,7 +34,7 @@ def test_it_draws_what_it_then_describes(shipped_model_dir: Path) -> None:
 
 
 def test_a_conversation_goes_on_with_its_own_pictures(shipped_model_dir: Path) -> None:
-    """What `converse` gives is the content of a message. The model never learnt mixed answers: it draws, and no more."""
+    """What `converse` gives is a message's content. The model never learnt mixed answers: it draws, and no more."""
     model = vilau.load(device="cpu")
     messages = [{"role": "user", "content": "a red apple on a blue background"}]
     content = model.converse(messages, max_new_tokens=8, max_pictures=1)
