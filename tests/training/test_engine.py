@@ -203,19 +203,6 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert "using step-0000004 instead of damaged step-0000006" in caplog.text
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_loader_workers_do_not_change_the_order(engine: Callable[..., Any], workers: int) -> None:
-    """R10: the batches of every step are the same with 0, 1 and 3 loader processes, also after a resume."""
-    for start in (0, 3):
-        orders = []
-        for number in (0, workers):
-            one = engine(workers=number)
-            one.step = start
-            orders.append([batch.tolist() for (batch,), _ in one._batches()])
-        assert orders[0] == orders[1]
-        assert orders[0] == [list(range(4 * step, 4 * step + 4)) for step in range(start, 8)]
-
-
 def test_each_step_has_its_own_random_numbers(engine: Callable[..., Any]) -> None:
     """Nothing random outlives a step: drawing numbers between steps, as sample pictures do, changes nothing."""
     plain, drawing = engine(), engine(folder=engine().options.folder.with_name("b"))

@@ -21,9 +21,10 @@ from PIL import Image
 from vilau.data.nano.dataset import ImageTextDataset
 from vilau.data.nano.world import World
 from vilau.processing.images import resize_square
+from vilau.training.batches import step_batches
 from vilau.training.config import TrainConfig, load_config
 from vilau.training.data import build_pairs, load_tokenizer, stage_seed, validation_pairs
-from vilau.training.engine import Engine, EngineOptions, TrainingError
+from vilau.training.engine import TrainingError
 from vilau.training.run import build_stage, run
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "nano" / "debug.yaml"
@@ -120,10 +121,7 @@ def test_own_data_has_one_global_order(name: Any, pets: Path, tmp_path: Path) ->
         return [batch.sample_ids, batch.forms, batch.input_ids.numpy().tobytes(), batch.frames.numpy().tobytes()]
 
     def read(workers: int, step: int = 0) -> list[Any]:
-        options = EngineOptions(tmp_path, 1, 1, 1, 1, 2, workers, show_progress=False)
-        engine = Engine(stage, options)
-        engine.step = step
-        return [content(batch) for (batch,), _ in engine._batches()]
+        return [content(batch) for (batch,), _ in step_batches(stage, step, 1, workers)]
 
     order = read(0)
     assert len({repr(step) for step in order}) == 6

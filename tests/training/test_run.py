@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from vilau.training.batches import step_batches
 from vilau.training.config import TrainConfig, load_config
-from vilau.training.engine import Engine, EngineOptions
 from vilau.training.run import build_stage, run
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "nano" / "debug.yaml"
@@ -22,20 +22,19 @@ def config(tmp_path: Path) -> TrainConfig:
     return load_config(CONFIG, [f"output={tmp_path / 'run'}", *steps])
 
 
-def batches(stage: Any, folder: Path, workers: int) -> list[Any]:
+def batches(stage: Any, workers: int) -> list[Any]:
     """All batches that an engine would train on."""
-    options = EngineOptions(folder, 1, 1, 1, 1, 2, workers, show_progress=False)
-    return [batch for (batch,), _ in Engine(stage, options)._batches()]
+    return [batch for (batch,), _ in step_batches(stage, 0, 1, workers)]
 
 
-def test_sample_ids_have_one_global_order(config: TrainConfig, tmp_path: Path) -> None:
+def test_sample_ids_have_one_global_order(config: TrainConfig) -> None:
     """R10: 0, 1 and 3 loader workers and 1, 2 and 4 processes read the same samples in the same order."""
     stage = build_stage(config, "sft", None)
-    order = [batch.sample_ids for batch in batches(stage, tmp_path, 0)]
+    order = [batch.sample_ids for batch in batches(stage, 0)]
     assert [len(ids) for ids in order] == [16] * 3
     assert len({name for ids in order for name in ids}) == 48
     for workers in (1, 3):
-        assert [batch.sample_ids for batch in batches(stage, tmp_path, workers)] == order
+        assert [batch.sample_ids for batch in batches(stage, workers)] == order
     for world in (2, 4):
         for step, ids in enumerate(order):
             shares = [stage.make_batch(step, rank, world).sample_ids for rank in range(world)]

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader, Dataset
 
 from vilau.data.mixture import SkipCounts, describe_skips, share_skipped
 from vilau.training import parallel
+from vilau.training.batches import step_batches
 from vilau.training.checkpoint import (
     find_fault,
     load_checkpoint,
@@ -72,24 +72,6 @@ class EngineOptions:
     skip_spikes: float = 0.0
     max_skipped_share: float = 1.0
     loggers: tuple[str, ...] = ("tensorboard",)
-
-
-class _StepBatches(Dataset):
-    """Item n is this process's micro-batches of step n, so the order is the same for any number of workers.
-
-    With them come the counts of samples that were skipped while they were made.
-    """
-
-    def __init__(self, stage: Stage, rank: int, world_size: int, parts: int) -> None:
-        self.stage, self.rank, self.world_size, self.parts = stage, rank, world_size, parts
-
-    def __len__(self) -> int:
-        return self.stage.config.steps
-
-    def __getitem__(self, step: int) -> tuple[list[Any], SkipCounts]:
-        first, all_parts = self.rank * self.parts, self.world_size * self.parts
-        batches = [self.stage.make_batch(step, first + part, all_parts) for part in range(self.parts)]
-        return batches, self.stage.take_skips()
 
 
 @dataclass
@@ -178,20 +160,6 @@ class Engine:
                 logger.warning("%s: goes on with %s %s instead of %s", self.stage.name, name, new, old)
         logger.info("%s: resuming after step %d from %s", self.stage.name, self.step, path.name)
 
-    def _batches(self) -> Iterator[Any]:
-        data = _StepBatches(self.stage, parallel.rank(), parallel.world_size(), self.options.scale.accumulate)
-        workers = self.options.workers
-        loader = DataLoader(
-            data,
-            batch_size=None,
-            sampler=range(self.step, self.stage.config.steps),
-            num_workers=workers,
-            prefetch_factor=4 if workers else None,
-            collate_fn=_unchanged,  # the default copies counters by adding them to themselves
-            worker_init_fn=_quiet_worker,
-        )
-        return iter(loader)
-
     def _loop(self) -> None:
         total, options = self.stage.config.steps, self.options
         log = MetricLog(
@@ -204,7 +172,7 @@ class Engine:
             peak_flops(self.spread.device, options.scale.precision == "bf16"),
         )
         with log:
-            for batches, skips in self._batches():
+            for batches, skips in step_batches(self.stage, self.step, options.scale.accumulate, options.workers):
                 self.skipped += skips
                 figures = self._train_step(batches)
                 self.step += 1
@@ -393,16 +361,6 @@ def is_finished(folder: Path) -> bool:
 def step_seed(seed: int, step: int, rank: int) -> int:
     """Return the seed of a step's random numbers: nothing random outlives a step, so nothing needs to be stored."""
     return (seed * 1_000_003 + step * 65_537 + rank) % (1 << 62)
-
-
-def _unchanged(item: Any) -> Any:
-    return item
-
-
-def _quiet_worker(_: int) -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a signal to the whole group is the engine's to handle
 
 
 def clip(group: ClipGroup) -> float:
