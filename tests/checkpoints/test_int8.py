@@ -139,3 +139,18 @@ def test_greedy_codes_and_logits_of_the_shipped_model_stay_close(shipped_model_d
     for exact, near in (text, visual):
         assert (exact.argmax(-1) == near.argmax(-1)).float().mean() > 0.85
         assert (exact - near).pow(2).mean() < 0.01 * exact.var()
+
+
+def test_vilau_convert_writes_a_folder_that_loads_and_draws(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """`vilau convert SRC DST --quantize int8` gives a whole model folder: weights, configuration, processor."""
+    import vilau
+    from vilau.cli.convert import convert
+
+    target = tmp_path / "small"
+    options: dict[str, Any] = dict.fromkeys(("dtype", "guidance_scale", "temperature", "card"))
+    convert(tiny_model_dir, target, to="ours", ema=False, force=False, quantize="int8", **options)
+    loaded = vilau.load(target, device="cpu")
+    assert equal(loaded.model, VilaUForConditionalGeneration.from_pretrained(tiny_model_dir, quantize="int8"))
+    assert len(loaded.draw("a cat", seed=1)) == 1
+    with pytest.raises(ValueError, match="--quantize goes with"):
+        convert(tiny_model_dir, target, to="released", ema=False, force=True, quantize="int8", **options)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from vilau.cli.common import within
+from vilau.cli.common import QUANTIZE_HELP, check_quantize, within
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -30,6 +30,7 @@ def convert(
     ),
     card: Path | None = typer.Option(None, help="A Markdown file that becomes the model card (from training)."),
     ema: bool = typer.Option(False, "--ema", help="Take the averaged weights (from an RQ-VAE)."),
+    quantize: str | None = typer.Option(None, help=QUANTIZE_HELP),
     force: bool = typer.Option(False, "--force", help="Replace DST if it exists."),
 ) -> None:
     """Convert a checkpoint, tensor by tensor; an interrupted conversion goes on where it stopped.
@@ -41,6 +42,7 @@ def convert(
         raise typer.BadParameter(f"{to!r} is no layout: it must be ours or released", param_hint="--to")
     if dtype is not None and dtype not in DTYPES:
         raise typer.BadParameter(f"{dtype!r} is none of {', '.join(DTYPES)}", param_hint="--dtype")
+    check_quantize(quantize)
     from vilau.checkpoints.layout import find_layout, resolve
     from vilau.checkpoints.rqvae import is_rqvae
 
@@ -48,6 +50,11 @@ def convert(
     sampling = {name: value for name, value in given.items() if value is not None}
     if not source.exists():
         source = resolve(source)
+    if quantize is not None:
+        if sampling or card is not None or ema or to != "ours" or is_rqvae(source):
+            raise ValueError("--quantize goes with --dtype and --force alone, from a whole model to our layout")
+        typer.echo(str(_quantised(source, target, quantize, dtype, force)))
+        return
     if is_rqvae(source):
         if sampling or card is not None or dtype is not None or to != "ours":
             raise ValueError("an RQ-VAE becomes a vision tower of ours in float32: only --ema and --force apply to it")
@@ -64,6 +71,24 @@ def convert(
     if sampling or card is not None:
         raise ValueError("--guidance-scale, --temperature and --card belong to the conversion of a training result")
     typer.echo(str(_between_layouts(source, target, to, dtype, force)))
+
+
+def _quantised(source: Path, target: Path, quantize: str, dtype: str | None, force: bool) -> Path:
+    """Write a quantised model with its processor; what is not quantised in `dtype`, float32 if absent."""
+    import shutil
+
+    from vilau import pipeline
+    from vilau.checkpoints.target import check_target, partial_folder, put_in_place
+    from vilau.cli.common import quiet_libraries
+
+    check_target(source, target, force)
+    quiet_libraries()
+    loaded = pipeline.load(source, "cpu", dtype, quantize)
+    beside = partial_folder(target)
+    shutil.rmtree(beside, ignore_errors=True)
+    loaded.model.save_pretrained(beside)
+    loaded.processor.save_pretrained(beside)
+    return put_in_place(target)
 
 
 def _from_rqvae(source: Path, target: Path, ema: bool, force: bool) -> None:
