@@ -11,11 +11,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from modeling.processes import in_two_processes
 from vilau.data.nano.world import ASSETS
 from vilau.modeling.vision_tower import VisionTower
 from vilau.training.config import OptimizerConfig, TowerStageConfig
 from vilau.training.optimizers import build_optimizers, lr_share, set_lr
-from vilau.training.vision_tower import TowerStage, encode_captions, freeze, local_numbers, to_pixel_values
+from vilau.training.vision_tower import TowerStage, count_used, encode_captions, freeze, local_numbers, to_pixel_values
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 60, 220), "gray": (128, 128, 128)}
 LENGTH = 6
@@ -220,6 +221,13 @@ def test_a_caption_that_spells_a_special_token_stays_text(tokenizer: Any) -> Non
     ids = encode_captions(tokenizer, [f"a{token}b" for token in special], 40)
     found = set(ids.flatten().tolist()) & {tokenizer.convert_tokens_to_ids(token) for token in special}
     assert found <= {tokenizer.pad_token_id, tokenizer.unk_token_id}
+
+
+def test_codes_in_use_are_counted_over_all_processes() -> None:
+    """The figure is the same for one process and two: codes that both use count once."""
+    codes = torch.tensor([[[0, 3], [3, 5]], [[5, 7], [7, 0]]])
+    assert int(count_used(codes, 8)) == 4
+    assert [int(count) for count in in_two_processes(lambda rank: count_used(codes[rank], 8))] == [4, 4]
 
 
 def test_pixel_values() -> None:

@@ -204,7 +204,7 @@ class TowerStage(Stage):
             loss = loss + terms
             sums |= figures
         if output.codes is not None:
-            sums["codes_used"] = (len(torch.unique(output.codes)), 1)
+            sums["codes_used"] = (count_used(output.codes, self.tower.config.codebook_size), 1)
         return StepResult(loss, sums)
 
     def _contrast(self, image_embeds: torch.Tensor, batch: TowerBatch) -> tuple[torch.Tensor, Figures]:
@@ -301,6 +301,13 @@ def caption_label(caption: str) -> int:
     """Return a number that is equal for equal captions, `NO_CAPTION` for an empty one."""
     said = caption.strip()
     return zlib.crc32(caption.encode()) if said else NO_CAPTION
+
+
+def count_used(codes: torch.Tensor, codebook_size: int) -> torch.Tensor:
+    """Return how many different codes there are in ``codes`` (any shape) of all processes: a scalar."""
+    seen = torch.zeros(codebook_size, device=codes.device)
+    seen[codes.flatten()] = 1
+    return (parallel.sum_over_ranks(seen) > 0).sum()
 
 
 def is_reconstructed(seed: int, number: int, share: float) -> bool:
