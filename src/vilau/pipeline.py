@@ -178,7 +178,9 @@ def choose_device(device: str | None) -> torch.device:
         target = torch.device(str(device))
         torch.empty(0, device=target)
     except Exception as error:
-        raise ValueError(f"cannot use the device {device!r}: {first_line(error)}") from error
+        known = str(device).partition(":")[0] in ("cpu", "cuda", "mps")
+        reason = "there is none here" if known else "use cpu, cuda, cuda:1 ... or mps"
+        raise ValueError(f"cannot use the device {device!r}: {reason}") from error
     return target
 
 

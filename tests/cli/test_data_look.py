@@ -108,9 +108,11 @@ def test_check_of_whole_sources_that_are_wrong(cli: Cli, folder: Path, tmp_path:
         (["{folder}", "--set", "min_side=0"], "min_side"),
         ([str(DEBUG)], "reads the nano world"),
         (["{folder}/0.txt"], "looks like none of the formats"),
+        (["{folder}/empty"], "is empty: there is no data in it"),
     ],
 )
 def test_wrong_usage_is_one_line(cli: Cli, folder: Path, arguments: list[str], message: str) -> None:
     """Paths, formats and fields that do not exist are named, with the remedy."""
+    (folder / "empty").mkdir()
     done = cli("data", "check", *[argument.format(folder=folder) for argument in arguments])
     assert done.code == 1 and message in done.error

@@ -32,11 +32,20 @@ def config(root: Path, tmp_path: Path) -> Path:
     ],
 )
 def test_wrong_configuration_keys_and_values(cli, config: Path, tmp_path: Path, override: str, named: str) -> None:
-    """A wrong key names the nearest right one, a wrong value its limit; no run folder appears."""
+    """On the command line a wrong key names the nearest right one, a wrong value its limit: wrong usage, not the file's
+    fault; no run folder appears."""
     result = cli("train", config, f"output={tmp_path / 'run'}", override)
-    assert (result.code, result.out) == (1, "")
-    assert named in result.error
+    assert (result.code, result.out) == (2, "")
+    assert named in result.error and str(config) not in result.error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_file_is_a_failure_whatever_is_changed(cli, tmp_path: Path) -> None:
+    """What the file itself has wrong is exit code 1 and names the file."""
+    path = tmp_path / "x.yaml"
+    path.write_text("name: x\noutput: y\nsead: 1\nstages: {}\n")
+    result = cli("train", path, "seed=3")
+    assert result.code == 1 and "x.yaml" in result.error and "seed" in result.error
 
 
 @pytest.mark.parametrize("data", [None, b"", b"- a\n- b\n", b"a: [", b"\xff\xfe\x00"])

@@ -68,3 +68,16 @@ def test_a_missing_start_is_an_error(config: TrainConfig) -> None:
     config.stages["align"].init_from = "/nowhere/at/all"
     with pytest.raises(ValueError, match="there is no folder /nowhere/at/all"):
         build_stage(config, "align", None)
+
+
+def test_a_finished_stage_says_that_other_steps_have_no_effect(
+    config: TrainConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Asking a finished stage for more steps does nothing, and says so with the folder to remove."""
+    short = config.model_copy(update={"stages": {"align": config.stages["align"]}})
+    result = run(short, show_progress=False)
+    caplog.clear()
+    longer = config.stages["align"].model_copy(update={"steps": 5})
+    assert run(config.model_copy(update={"stages": {"align": longer}}), show_progress=False) == result
+    assert "align is finished already, with 3 steps: 5 steps have no effect" in caplog.text
+    assert str(result) in caplog.text

@@ -129,6 +129,8 @@ def check_request(prompt: str, output: Path, video: bool, frames: int | None) ->
         raise typer.BadParameter("the prompt is empty: say what to draw")
     if frames is not None and not video:
         raise typer.BadParameter("--frames is for films: add --video")
+    if output.is_dir():
+        raise ValueError(f"{output} is a folder: name a file in it")
     allowed = FILM_SUFFIXES if video else PICTURE_SUFFIXES
     suffix = output.suffix.lower()
     if suffix not in allowed:

@@ -55,6 +55,8 @@ def train(
     ),
 ) -> None:
     """Train the stages of a configuration; a run that was stopped goes on where it was."""
+    if not config.is_file():
+        raise ValueError(f"there is no configuration file {config}")
     from vilau.cli.train import train as start
 
     start(config, overrides or [])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import typer
 
-from vilau.cli.common import say
+from vilau.cli.common import quiet_libraries, say
 from vilau.cli.train_samples import Sampler
 from vilau.evaluation.features import load_extractor
 from vilau.evaluation.tower import ValidationSet
@@ -24,8 +24,8 @@ from vilau.training.run import Hooks, run
 def train(config: Path, overrides: list[str]) -> None:
     """Train every stage of a configuration; print the folder of the last result on stdout."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    settings = load_config(config, overrides)
+    quiet_libraries()
+    settings = read_settings(config, overrides)
     speaks = os.environ.get("RANK", "0") == "0"  # all processes of a run end alike: one line is enough
     try:
         result = run(settings, Hooks(Sampler(settings), tower_validation(settings)))
@@ -39,6 +39,24 @@ def train(config: Path, overrides: list[str]) -> None:
         raise typer.Exit(1) from None
     if speaks:
         typer.echo(str(result))
+
+
+def read_settings(config: Path, overrides: list[str]) -> TrainConfig:
+    """Read a configuration; what is wrong with the changes to it is wrong usage, and not the file's fault."""
+    try:
+        return load_config(config, overrides)
+    except ValueError as error:
+        if overrides and _is_valid(config):
+            raise typer.BadParameter(str(error).removeprefix(f"{config}: ")) from error
+        raise
+
+
+def _is_valid(config: Path) -> bool:
+    try:
+        load_config(config)
+    except ValueError:
+        return False
+    return True
 
 
 def tower_validation(config: TrainConfig) -> TowerValidation | None:

@@ -5,6 +5,7 @@ The adapters are PEFT's, so what is saved loads with `peft.PeftModel.from_pretra
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,9 @@ class Adapters:
             modules_to_save=list(config.also) or None,
         )
         try:
-            self.peft: Any = peft.PeftModel(model, settings)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # between two libraries, of no concern to users
+                self.peft: Any = peft.PeftModel(model, settings)
         except ValueError as error:
             raise ValueError(f"lora: {first_line(error)} (layers: {config.layers!r})") from error
 

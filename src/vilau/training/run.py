@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Callable
@@ -60,8 +61,8 @@ def run(config: TrainConfig, hooks: Hooks = Hooks(), show_progress: bool = True)
         try:
             for name in names:
                 if is_finished(output / name):
-                    logger.info("%s is finished already", name)
                     result = output / name / "final"
+                    _say_finished(name, result, config.stages[name].steps)
                     continue
                 torch.manual_seed(config.seed)
                 seed = stage_seed(config, name)
@@ -92,6 +93,22 @@ def run(config: TrainConfig, hooks: Hooks = Hooks(), show_progress: bool = True)
             parallel.stop()
     assert result is not None
     return result
+
+
+def _say_finished(name: StageName, result: Path, steps: int) -> None:
+    """Say that a stage is left as it is, and so if the configuration now asks for more or fewer steps."""
+    taken = json.loads((result / "training.json").read_text(encoding="utf-8")).get("steps", steps)
+    if taken == steps:
+        logger.info("%s is finished already", name)
+        return
+    logger.warning(
+        "%s is finished already, with %d steps: %d steps have no effect; train into another output folder, or remove "
+        "%s to go on from its last checkpoint",
+        name,
+        taken,
+        steps,
+        result,
+    )
 
 
 def build_stage(config: TrainConfig, name: StageName, previous: Path | None) -> Stage:

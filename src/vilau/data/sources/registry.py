@@ -68,6 +68,8 @@ def detect_format(path: Path) -> SourceConfig:
     """
     if not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")
+    if path.is_dir() and not any(path.iterdir()):
+        raise ValueError(f"{path} is empty: there is no data in it")
     for kind in FORMATS:
         if kind.detect(path):
             return kind.model_validate({"format": name_of(kind), "path": str(path)})
