@@ -34,3 +34,13 @@ def test_digest_is_that_of_sha256sum(tmp_path: Path) -> None:
     """Recorded digests can be checked with everyone's tools."""
     (tmp_path / "a").write_bytes(b"abc")
     assert file_digest(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_a_failed_write_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    """The name beside it is ours: nobody who gave `a.txt` should have to read it."""
+    with (
+        pytest.raises(OSError, match=r"cannot write .*/a\.txt: No space left") as caught,
+        atomic_path(tmp_path / "a.txt") as p,
+    ):
+        raise OSError(28, "No space left on device", str(p))
+    assert ".tmp" not in str(caught.value) and caught.value.errno == 28

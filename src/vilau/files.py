@@ -32,6 +32,10 @@ def atomic_path(target: Path, durable: bool = False) -> Iterator[Path]:
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
         os.replace(temporary, target)
+    except OSError as error:
+        if error.filename is not None and Path(error.filename) == temporary:  # a name that nobody gave says nothing
+            raise OSError(error.errno, f"cannot write {target}: {error.strerror}") from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -51,7 +51,7 @@ def test_the_end_is_summed_up_with_remarks(tmp_path: Path, capsys: pytest.Captur
         log.summarise(["2 of 6 samples read were skipped"])
     said = capsys.readouterr().err
     assert "tiny 1/1" in said and "samples/s" in said and "loss 1.5" in said
-    assert "tiny: 1 steps in 0.0 min; loss 1.5" in said
+    assert "tiny: 1 steps in 0 s; loss 1.5" in said
     assert said.rstrip().endswith("2 of 6 samples read were skipped")
 
 

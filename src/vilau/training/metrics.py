@@ -124,7 +124,7 @@ class MetricLog:
             self.progress.update(self.task, figures=figures)
         elif self.show:
             left = (self.total - step) * wall / max(1, step - self.reported)
-            self.console.print(f"{self.stage} {step}/{self.total} {figures} left {left / 60:.0f} min", highlight=False)
+            self._tell(f"{self.stage} {step}/{self.total} {figures} left {_span(left)}")
 
     def record(self, step: int, figures: Mapping[str, float]) -> None:
         """Write figures under their own names, such as those of a validation."""
@@ -139,12 +139,20 @@ class MetricLog:
         """Say at the end of a stage how long it took, what the last figures were, and the remarks."""
         if not self.show:
             return
-        minutes = (time.perf_counter() - self.begun) / 60
+        taken = _span(time.perf_counter() - self.begun)
         figures = ", ".join(f"{n} {value:.4g}" for n, value in sorted(self.means.items()) if "/" not in n)
         done = self.reported - self.start
-        self.console.print(f"{self.stage}: {done} steps in {minutes:.1f} min; {figures}", highlight=False)
+        self._tell(f"{self.stage}: {done} steps in {taken}; {figures}")
         for line in remarks:
-            self.console.print(line, highlight=False, markup=False)
+            self._tell(line)
+
+    def _tell(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)  # one record, one line
+
+
+def _span(seconds: float) -> str:
+    """Return a time for people."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 class _Tensorboard:
