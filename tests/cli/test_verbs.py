@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,16 @@ def test_wrong_configuration_keys_and_values(cli, config: Path, tmp_path: Path, 
     assert (result.code, result.out) == (2, "")
     assert named in result.error and str(config) not in result.error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_slip_costs_no_time(config: Path) -> None:
+    """A misspelt key is told before torch is loaded: seconds on a laptop, a minute on a cold network disk."""
+    code = (
+        "import sys; from vilau.cli.main import main; "
+        f"code = main(['train', {str(config)!r}, 'sead=3']); sys.exit(code * 10 + ('torch' in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 20 and "seed" in done.stderr
 
 
 def test_a_wrong_file_is_a_failure_whatever_is_changed(cli, tmp_path: Path) -> None:

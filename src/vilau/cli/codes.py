@@ -31,16 +31,17 @@ def codes(
     training from pixels. Shards that exist are kept: the same command goes on after a stop, and several
     processes (torchrun --nproc-per-node N -m vilau data codes ...) share the shards.
     """
+    from vilau.cli.settings import read_settings
+
+    settings = read_settings(config, overrides)
     quiet_libraries()
     import torch
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from vilau.tower import VisionTower
-    from vilau.training.config import load_config
     from vilau.training.precompute import check_codes, encoder_of, find_tower, frames_of, make_codes, plan_codes
 
-    settings = load_config(config, overrides)
     part, parts = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     target = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device
     if stage not in settings.stages:

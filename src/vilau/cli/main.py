@@ -57,9 +57,12 @@ def train(
     """Train the stages of a configuration; a run that was stopped goes on where it was."""
     if not config.is_file():
         raise ValueError(f"there is no configuration file {config}")
+    from vilau.cli.settings import read_settings
+
+    settings = read_settings(config, overrides or [])
     from vilau.cli.train import train as start
 
-    start(config, overrides or [])
+    start(settings)
 
 
 app.add_typer(data.app, name="data")

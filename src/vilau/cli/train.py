@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from pathlib import Path
 
 import typer
 
@@ -15,17 +14,16 @@ from vilau.evaluation.features import load_extractor
 from vilau.evaluation.tower import ValidationSet
 from vilau.evaluation.tower_data import nano_validation, pairs_validation
 from vilau.evaluation.validation import TowerValidation
-from vilau.training.config import TrainConfig, load_config
+from vilau.training.config import TrainConfig
 from vilau.training.data import load_world, validation_pairs
 from vilau.training.engine import StopRequested, TrainingError
 from vilau.training.run import Hooks, run
 
 
-def train(config: Path, overrides: list[str]) -> None:
+def train(settings: TrainConfig) -> None:
     """Train every stage of a configuration; print the folder of the last result on stdout."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     quiet_libraries()
-    settings = read_settings(config, overrides)
     speaks = os.environ.get("RANK", "0") == "0"  # all processes of a run end alike: one line is enough
     try:
         result = run(settings, Hooks(Sampler(settings), tower_validation(settings)))
@@ -39,24 +37,6 @@ def train(config: Path, overrides: list[str]) -> None:
         raise typer.Exit(1) from None
     if speaks:
         typer.echo(str(result))
-
-
-def read_settings(config: Path, overrides: list[str]) -> TrainConfig:
-    """Read a configuration; what is wrong with the changes to it is wrong usage, and not the file's fault."""
-    try:
-        return load_config(config, overrides)
-    except ValueError as error:
-        if overrides and _is_valid(config):
-            raise typer.BadParameter(str(error).removeprefix(f"{config}: ")) from error
-        raise
-
-
-def _is_valid(config: Path) -> bool:
-    try:
-        load_config(config)
-    except ValueError:
-        return False
-    return True
 
 
 def tower_validation(config: TrainConfig) -> TowerValidation | None:
