@@ -29,6 +29,7 @@ def in_two_processes(member: Callable[[int], Any]) -> tuple[Any, Any]:
 def _run(member: Callable[[int], Any], rank: int, folder: Path) -> None:
     code = 1
     try:
+        torch.set_num_threads(1)  # the parent's other threads did not come along: waiting for them never ends
         dist.init_process_group("gloo", f"file://{folder / 'store'}", rank=rank, world_size=2)
         torch.save(member(rank), folder / f"{rank}.pt")
         dist.destroy_process_group()

@@ -83,6 +83,7 @@ def by_two(folder: Path, work: Callable[[], None], survive: bool = True) -> None
         child = os.fork()
         if not child:
             try:
+                torch.set_num_threads(1)  # the parent's other threads did not come along: waiting for them never ends
                 dist.init_process_group("gloo", f"file://{folder / 'store'}", rank=rank, world_size=2)
                 work()
                 parallel.stop()
