@@ -8,7 +8,8 @@ from vilau.evaluation.tower import measure_tower
 from vilau.evaluation.tower_data import nano_validation
 from vilau.evaluation.tower_suite import load_tower, measure_finished, text_encoding
 from vilau.training.config import load_config
-from vilau.training.run import build_stage, load_world, run
+from vilau.training.data import load_world
+from vilau.training.run import build_stage, run
 from vilau.training.vision_tower import TowerStage
 
 

@@ -35,20 +35,19 @@ def codes(
 
     settings = read_settings(config, overrides)
     quiet_libraries()
-    import torch
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from vilau.pipeline import choose_device
     from vilau.tower import VisionTower
     from vilau.training.precompute import check_codes, encoder_of, find_tower, frames_of, make_codes, plan_codes
 
     part, parts = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    target = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device
     if stage not in settings.stages:
         raise typer.BadParameter(f"{stage!r} is not a stage of {config}; it has {', '.join(settings.stages)}")
     name = cast("StageName", stage)
     folder = tower or find_tower(settings, name)
-    network = VisionTower.from_pretrained(folder).eval().to(target)
+    network = VisionTower.from_pretrained(folder).eval().to(choose_device(device))
     plans = plan_codes(settings, name, network, frames_of(settings, folder), out)
     encode = encoder_of(network)
     for plan in plans:

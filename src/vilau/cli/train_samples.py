@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -17,9 +16,10 @@ from vilau.configuration import VilaUConfig
 from vilau.data.nano.scenes import contact_sheet, render, single
 from vilau.data.sample import Sample, holds_codes
 from vilau.evaluation.tower_pictures import reconstruction_rows
+from vilau.files import write_json
 from vilau.modeling.vila_u import VilaUModel
 from vilau.pipeline import Pipeline
-from vilau.processing.images import load_image, to_pixels
+from vilau.processing.images import load_image, resize_square, to_pixels
 from vilau.training.config import SamplesConfig, TrainConfig
 from vilau.training.data import load_world
 from vilau.training.language import LanguageStage
@@ -64,7 +64,7 @@ class Sheet:
         file = folder / f"step-{step:07d}.png"
         contact_sheet(self.pictures, self.names, columns=ROW, scale=scale).save(file)
         if self.texts:
-            file.with_suffix(".json").write_text(json.dumps(self.texts, indent=1, ensure_ascii=False), encoding="utf-8")
+            write_json(self.texts, file.with_suffix(".json"))
 
 
 class Sampler:
@@ -102,9 +102,10 @@ class Sampler:
             sheet.texts[f"picture {number + 1}"] = said
 
     def _wanted(self, stage: LanguageStage) -> SamplesConfig:
-        given = self.config.samples
-        if given != SamplesConfig() or not self.config.data.sources:
-            return given if given != SamplesConfig() else NANO
+        if self.config.samples != SamplesConfig():
+            return self.config.samples
+        if not self.config.data.sources:
+            return NANO
         prompts = (_text_of(sample) for sample in _some(stage) if sample.form == "text_image")
         return SamplesConfig(prompts=list(islice(dict.fromkeys(prompts), ROW)))
 
@@ -112,7 +113,7 @@ class Sampler:
         """Pictures to describe, of the model's size."""
         size = int(stage.model.config.vision_config.image_size)
         if self.config.samples.pictures:
-            return [load_image(path).resize((size, size)) for path in self.config.samples.pictures]
+            return [resize_square(load_image(path), size) for path in self.config.samples.pictures]
         if not self.config.data.sources:
             world = load_world(self.config)
             known = {thing.name for thing in world.objects}

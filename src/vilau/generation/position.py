@@ -122,6 +122,11 @@ class DynamicLanguage:
     def __init__(self, language: Any, cache: DynamicCache, mask: torch.Tensor, places: torch.Tensor) -> None:
         self.language, self.cache, self.mask, self.places = language, cache, mask, places
 
+    @property
+    def rows(self) -> int:
+        """Rows that go on."""
+        return len(self.mask)
+
     @classmethod
     def read(cls, language: Any, prompts: Prompts) -> tuple[DynamicLanguage, torch.Tensor]:
         """Read the prompt of every row; return the rows and their last states ``(R, H)``."""
@@ -230,9 +235,8 @@ class VisualStep:
 
     def advance(self, state: VisualState, language: Language) -> torch.Tensor:
         """Feed the last codes to the language model; return the states ``(R, H)`` that predict the next ones."""
-        rows = language.rows if isinstance(language, SlotLanguage) else len(language.mask)
         embeds = self.networks.projector(self.networks.quantizer.z_q(state.codes))
-        return language.advance(embeds.index_select(0, state.picture[:rows]))
+        return language.advance(embeds.index_select(0, state.picture[: language.rows]))
 
     def draw(self, hidden: torch.Tensor, state: VisualState, guided: bool = True) -> torch.Tensor:
         """Draw the codes ``(B, D)`` of one position from states ``(R, H)``, and count the position.

@@ -6,6 +6,7 @@ Whatever the kind, ``codes`` are (..., D), ``partial_z_q`` are the cumulative su
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -60,7 +61,7 @@ class Comparison:
     total: torch.Tensor
 
 
-class Quantizer(Codebooks):
+class Quantizer(Codebooks, ABC):
     """What residual and multi-codebook quantization have in common.
 
     Args:
@@ -97,13 +98,13 @@ class Quantizer(Codebooks):
         codes = torch.stack([step.codes for step in self.steps(features)], 1)
         return codes.reshape(*z_e.shape[:-1], self.depth)
 
+    @abstractmethod
     def embed(self, codes: torch.Tensor) -> torch.Tensor:
         """Return the code vectors ``(..., D, C)`` of ``codes`` (..., D), in the full width of ``z_q``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def code_vectors(self, codes: torch.Tensor, depth: int) -> torch.Tensor:
         """Return what ``codes`` (N,) of one depth add to ``z_q``: ``(N, C)``."""
-        raise NotImplementedError
 
     def partial_z_q(self, codes: torch.Tensor) -> torch.Tensor:
         """Return the cumulative sums ``z_q^(d)`` ``(..., D, C)``, eq. (4)."""
@@ -209,16 +210,17 @@ class Quantizer(Codebooks):
 
         return sample
 
+    @abstractmethod
     def steps(self, features: torch.Tensor) -> Iterator[DepthStep]:
         """Go through the depths for features ``(N, C)``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def asked_at(self, features: torch.Tensor, codes: torch.Tensor, depth: int) -> torch.Tensor:
         """Return what a depth is asked to quantize, ``(N, width)``, of features (N, C) with ``codes`` (N, D)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _initialise(self, features: torch.Tensor, iterations: int) -> None:
-        raise NotImplementedError
+        """Set the codebooks from features ``(N, C)`` of all processes."""
 
 
 class ResidualQuantizer(Quantizer):

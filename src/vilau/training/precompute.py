@@ -87,13 +87,13 @@ def plan_codes(config: TrainConfig, name: StageName, tower: VisionTower, num_fra
     if not isinstance(settings, LanguageStageConfig):
         raise ValueError(f"stage {name} trains the tower itself; codes are for pretrain and sft")
     vision = tower.config
-    size = int(vision.image_size)
+    size, digest = int(vision.image_size), tower_digest(tower, decoder=False)
 
     def info(data: Any, samples: int, variants: int) -> StoreInfo:
         facts = json.dumps([size, num_frames, data], sort_keys=True, default=str)
         data_digest = hashlib.sha256(facts.encode()).hexdigest()
         shape = (int(vision.num_positions), int(vision.depth), int(vision.codebook_size))
-        return StoreInfo(data_digest, tower_digest(tower, decoder=False), *shape, samples, variants)
+        return StoreInfo(data_digest, digest, *shape, samples, variants)
 
     if not config.data.sources:
         dataset = build_nano_samples(config, name, size, num_frames)

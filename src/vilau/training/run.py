@@ -14,7 +14,6 @@ import torch
 from vilau.training import parallel
 from vilau.training.config import STAGE_ORDER, LanguageStageConfig, StageName, TowerStageConfig, TrainConfig
 from vilau.training.data import build_pairs, load_tokenizer, stage_seed
-from vilau.training.data import load_world as load_world
 from vilau.training.engine import Engine, EngineOptions, SampleHook, ValidationHook, is_finished
 from vilau.training.language import LanguageStage
 from vilau.training.language_init import starting_folder, starting_model
