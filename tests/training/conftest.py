@@ -1,4 +1,4 @@
-"""A stage so small that an engine's whole life takes milliseconds."""
+"""A stage so small that an engine's whole life takes milliseconds, and what tests of towers and language share."""
 
 from __future__ import annotations
 
@@ -9,12 +9,36 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoTokenizer
 
+from vilau.data.nano.world import ASSETS
 from vilau.training.config import OptimizerConfig, StageConfig
 from vilau.training.engine import Engine, EngineOptions
 from vilau.training.stage import Stage, StepResult
 from vilau.training.stopping import StopSignal
 from vilau.training.vision_tower import local_numbers
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """The shipped tokenizer."""
+    return AutoTokenizer.from_pretrained(ASSETS / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def caption_encoder(tokenizer: Any) -> dict[str, Any]:
+    """Fields of a small text encoder; add `max_position_embeddings`."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "projection_size": 32,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
 
 
 class TinyStage(Stage):

@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from vilau.data.collate import collate_padded
-from vilau.data.nano.world import ASSETS
 from vilau.data.sample import Sample, Turn, image, text, video
 from vilau.data.sources.source import BadSample
 from vilau.model import VilaUForConditionalGeneration
@@ -43,12 +41,6 @@ class Plain:
             "interleaved": (Turn("document", (words, image(picture), words)),),
         }[form]
         return Sample(f"sample-{index}", form, turns)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    """The shipped tokenizer."""
-    return AutoTokenizer.from_pretrained(ASSETS / "tokenizer")
 
 
 @pytest.fixture

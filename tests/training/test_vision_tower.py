@@ -12,7 +12,6 @@ import torch
 from transformers import AutoTokenizer
 
 from modeling.processes import in_two_processes
-from vilau.data.nano.world import ASSETS
 from vilau.modeling.vision_tower import VisionTower
 from vilau.training.config import OptimizerConfig, TowerStageConfig
 from vilau.training.optimizers import build_optimizers, lr_share, set_lr
@@ -34,27 +33,12 @@ class Halves:
         return pixels.clip(0, 255).astype(np.uint8), f"{left} {right}"
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    """The shipped tokenizer."""
-    return AutoTokenizer.from_pretrained(ASSETS / "tokenizer")
-
-
 @pytest.fixture
-def make_stage(make_config: Callable[..., Any], tokenizer: Any) -> Callable[..., TowerStage]:
+def make_stage(
+    make_config: Callable[..., Any], tokenizer: Any, caption_encoder: dict[str, Any]
+) -> Callable[..., TowerStage]:
     """A function that returns a stage over `Halves` with a small tower."""
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "max_position_embeddings": LENGTH,
-        "projection_size": 32,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    text = caption_encoder | {"max_position_embeddings": LENGTH}
 
     def build(
         name: str,

@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
 
-from vilau.data.nano.world import ASSETS
 from vilau.modeling.vision_tower import VisionTower
 from vilau.training.config import TowerStageConfig
 from vilau.training.losses import NO_CAPTION, contrastive_loss
@@ -44,27 +42,12 @@ class Noise:
         return pixels, " " if index in self.silent else f"red {index}"
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    """The shipped tokenizer."""
-    return AutoTokenizer.from_pretrained(ASSETS / "tokenizer")
-
-
 @pytest.fixture
-def make_stage(make_config: Callable[..., Any], tokenizer: Any) -> Callable[..., TowerStage]:
+def make_stage(
+    make_config: Callable[..., Any], tokenizer: Any, caption_encoder: dict[str, Any]
+) -> Callable[..., TowerStage]:
     """A function that returns a stage over `Noise` with a small tower."""
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "max_position_embeddings": LENGTH,
-        "projection_size": 32,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    text = caption_encoder | {"max_position_embeddings": LENGTH}
 
     def build(source: Noise | None = None, fields: dict[str, Any] | None = None, **settings: Any) -> TowerStage:
         torch.manual_seed(0)
