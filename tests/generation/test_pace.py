@@ -10,7 +10,7 @@ import torch
 
 from vilau.generation.pace import Cost, Pace, measured, weighed
 from vilau.generation.position import Networks
-from vilau.generation.slots import SlotLanguage, SlotStore
+from vilau.generation.slots import SlotStore, StoreLanguage
 
 
 def test_room_is_what_the_limit_leaves() -> None:
@@ -41,7 +41,7 @@ def test_costs_are_measured_and_leave_nothing(make_model: Callable[..., Any]) ->
     for model in (make_model(), make_model(quantizer="none")):
         store = SlotStore(model.config.text_config, torch.zeros(1), 64 * 16)
         networks = Networks.of(model)
-        language = SlotLanguage(networks.language)
+        language = StoreLanguage(networks.language)
         pace = measured(networks, language, model.get_output_embeddings(), store, 1.5)
         assert store.positions == 0
         assert pace.language.row > 0 and pace.head.row > 0 and 0 < pace.room(1) < 60

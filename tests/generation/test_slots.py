@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from vilau.generation.slots import Prefix, Row, SlotLanguage, SlotStore, check_language, copy_row, plan
+from vilau.generation.slots import Prefix, Row, SlotStore, StoreLanguage, check_language, copy_row, plan
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def store_of(model: Any, limit: int = 1000) -> SlotStore:
 
 @torch.no_grad()
 def advance(
-    language: SlotLanguage, fed: dict[Row, torch.Tensor], steps: list[Row], pieces: list[tuple[Row, int]]
+    language: StoreLanguage, fed: dict[Row, torch.Tensor], steps: list[Row], pieces: list[tuple[Row, int]]
 ) -> dict[Row, torch.Tensor]:
     """One pass over some rows of sequences ``fed`` (L, H); the last state of each row."""
     like = next(iter(fed.values()))
@@ -49,7 +49,7 @@ def test_any_mix_of_rows_equals_whole_sequences(model: Any, seed: int) -> None:
     of the whole sequence run alone without a cache."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    store, language = store_of(model), SlotLanguage(model.language_model.base_model)
+    store, language = store_of(model), StoreLanguage(model.language_model.base_model)
     fed: dict[Row, torch.Tensor] = {}
     checked = 0
     for _ in range(30):
@@ -106,7 +106,7 @@ def test_memory_stays_within_the_limit(model: Any) -> None:
 def test_copies_and_kept_prompts_continue_alike(model: Any) -> None:
     """A prompt read once serves every row that it is copied to, within a batch and later."""
     torch.manual_seed(0)
-    store, language = store_of(model), SlotLanguage(model.language_model.base_model)
+    store, language = store_of(model), StoreLanguage(model.language_model.base_model)
     sequence = torch.randn(12, 32)
     first = store.reserve(16)
     state = advance(language, {first: sequence}, [], [(first, 8)])[first]
@@ -124,7 +124,7 @@ def test_copies_and_kept_prompts_continue_alike(model: Any) -> None:
 
 def test_the_model_keeps_its_own_attention(model: Any) -> None:
     """The running batch works on a twin: the model itself can generate beside it as before."""
-    SlotLanguage(model.language_model.base_model)
+    StoreLanguage(model.language_model.base_model)
     assert model.language_model.config._attn_implementation == "sdpa"
     assert model.language_model.base_model.layers[0].self_attn.config._attn_implementation == "sdpa"
 

@@ -14,7 +14,7 @@ from vilau.generation.prepared import AUTO_LIMIT, packable, packed_bytes, prepar
 from vilau.generation.requests import Prompt, SequenceEnd, TextRequest, TextToken, VisualPosition
 from vilau.generation.running import Cohort, Drawing, Job, Picture, Reading, Target, Text, TextSampling
 from vilau.generation.sampling import row_seeds
-from vilau.generation.slots import Prefix, Row, SlotLanguage, SlotStore, copy_row, plan
+from vilau.generation.slots import Prefix, Row, SlotStore, StoreLanguage, copy_row, plan
 
 _KEPT_PREFIXES = 4
 _WORTH_PACKING = 32 << 20
@@ -63,7 +63,7 @@ class Engine:
         self.finished, self.failed = finished, failed
         networks = _networks(model, rows, kernel)
         self.step_maker = VisualStep(networks)
-        self.language = SlotLanguage(networks.language)
+        self.language = StoreLanguage(networks.language)
         self.reset()
         self.pace = self._pace(text_pace, free_rows)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from vilau.generation.position import Networks
 from vilau.generation.sampling import SamplingOptions, sample_codes, sampling_rows
-from vilau.generation.slots import SlotLanguage, SlotStore, plan
+from vilau.generation.slots import SlotStore, StoreLanguage, plan
 
 _MANY = 16  # rows that the cost of a row is measured with
 _REPEAT = 3
@@ -97,7 +97,7 @@ def weighed(networks: Networks, head: float, limit: float, free_rows: float) -> 
 
 
 @torch.no_grad()
-def measured(networks: Networks, language: SlotLanguage, head: nn.Module, store: SlotStore, limit: float) -> Pace:
+def measured(networks: Networks, language: StoreLanguage, head: nn.Module, store: SlotStore, limit: float) -> Pace:
     """Return the pace by a short trial of every piece on this machine.
 
     Args:

@@ -276,7 +276,7 @@ def slot_attention(
     return torch.cat(outputs).unsqueeze(0), None
 
 
-class SlotLanguage:
+class StoreLanguage:
     """A language model without its text head, over rows of a `SlotStore`; its own modules stay as they are."""
 
     def __init__(self, language: nn.Module) -> None:
