@@ -15,10 +15,10 @@ from vilau.modeling import int8
 from vilau.modeling.int8 import (
     WIDEST,
     Int8Linear,
-    RowMemory,
     _exact_product,
     int8_product,
     is_int8,
+    join,
     pack,
     packed_product,
     packing_works,
@@ -101,7 +101,7 @@ def test_every_way_to_the_integer_product_is_exact(sizes: tuple[int, int, int]) 
         assert out.dtype == torch.int32
         assert torch.equal(out.long(), true)
     if packing_works():
-        out = packed_product((x.to(torch.int16) + 128).to(torch.uint8), pack(weight), torch.ones(outside))
+        out = packed_product(x, pack(weight), torch.ones(outside))
         assert torch.equal(out, true.float())
 
 
@@ -119,11 +119,8 @@ def test_rounding_is_to_the_nearest_and_symmetric() -> None:
     """Rows use all of [-127, 127], zero stays zero, and rows of zeros neither divide by zero nor gain a scale."""
     x = torch.tensor([[1.0, -1.0, 0.0, 0.496], [0.0, 0.0, 0.0, 0.0], [-254.0, 3.0, 2.9, 1.0]])
     codes, scale = quantize_rows(x)
-    shifted, same = quantize_rows(x, 128)
     assert codes[[0, 2]].tolist() == [[127, -127, 0, 63], [-127, 2, 1, 0]]
-    assert (shifted[[0, 2]].int() - 128).tolist() == codes[[0, 2]].tolist()
     torch.testing.assert_close(scale[:, 0], torch.tensor([1 / 127, 0.0, 2.0]))
-    assert torch.equal(scale, same)
     layer = Int8Linear.of(nn.Linear(4, 3))
     for rows in (torch.zeros(2, 4), x):
         out = layer(rows)
@@ -145,16 +142,58 @@ def test_the_two_kernels_agree_and_follow_the_weight(monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(layer(x) - layer.bias, -(packed - layer.bias), rtol=1e-5, atol=1e-6)
 
 
-def test_rows_are_remembered_only_while_they_are_the_same() -> None:
-    """Query, key and value share the work of quantising; what was changed in place or is another tensor does not."""
-    memory, x = RowMemory(), torch.randn(2, 8)
-    first = memory.quantize(x)
-    assert memory.quantize(x)[0] is first[0]
-    assert memory.quantize(x, 128)[0].dtype == torch.uint8
-    x.mul_(torch.tensor([[1.0], [-1.0]]))
-    changed = memory.quantize(x)
-    assert torch.equal(changed[0][1], -first[0][1])
-    assert memory.quantize(x.clone())[0] is not changed[0]
+class Projections(nn.Module):
+    """Three layers that are given the same rows, of unlike sizes as with grouped queries, joined or not."""
+
+    def __init__(self, joined: bool, bias: bool) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        for name, size in (("q_proj", 24), ("k_proj", 8), ("v_proj", 16)):
+            linear = nn.Linear(40, size, bias)
+            with torch.no_grad():
+                for parameter in linear.parameters():
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator))
+            setattr(self, name, Int8Linear.of(linear))
+        if joined:
+            join(self)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("bias", [False, True])
+def test_joined_layers_give_what_they_give_alone(bias: bool, mode) -> None:
+    """Query, key and value share one product: the same bits for the same rows, in any order of calls."""
+    alone, joined = Projections(False, bias), Projections(True, bias)
+    assert joined.q_proj.joint is joined.v_proj.joint is not alone.q_proj.joint
+    with mode():
+        for shape in ((3, 40), (2, 1, 40), (2, 5, 40)):
+            x = torch.randn(shape)
+            for got, expected in zip(joined(x), alone(x), strict=True):
+                assert torch.equal(got, expected)
+        assert torch.equal(joined.v_proj(x), alone.v_proj(x))  # never asked for all of them, never in this order
+        assert torch.equal(joined.v_proj(x), alone.v_proj(x))
+        x2 = torch.randn(2, 5, 40)
+        assert torch.equal(joined.q_proj(x2), alone.q_proj(x2))
+        x2[0] = -x2[0]  # changed in place: what lay ready is of no use
+        assert torch.equal(joined.k_proj(x2), alone.k_proj(x2))
+        assert torch.equal(joined.q_proj(x), alone.q_proj(x))
+
+
+@pytest.mark.parametrize("what", ["weight", "scale", "bias"])
+def test_joined_layers_follow_their_weights(what: str) -> None:
+    """The copy that multiplies is made anew when any layer of it changes, and by a copy of the module."""
+    joined, x = Projections(True, True), torch.randn(2, 40)
+    before = joined(x)
+    twin = copy.deepcopy(joined)
+    with torch.no_grad():
+        getattr(joined.k_proj, what).neg_()
+        after = joined(x)
+    assert torch.equal(after[0], before[0]) and torch.equal(after[2], before[2])
+    assert not torch.allclose(after[1], before[1])
+    assert all(torch.equal(a, b) for a, b in zip(twin(x), before, strict=True))
+    assert twin.q_proj.joint is twin.k_proj.joint is not joined.k_proj.joint
 
 
 def test_a_layer_keeps_dtype_and_empty_shapes() -> None:

@@ -9,7 +9,7 @@ integers: so a row alone and in a batch gives the same bits. Rounding costs at m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -22,7 +22,8 @@ LARGEST = 127
 WIDEST = (2**31 - 1) // LARGEST**2  # inputs of a layer whose sum surely fits into 32 bits
 _SMALLEST = 1e-30  # largest weight of a row of zeros
 _ZERO = torch.zeros(1, dtype=torch.int32)  # weights are symmetric
-_MAGIC = 1.5 * 2**23  # added to a small float32, its last byte is the rounded number in two's complement
+JOINT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
+"""Names of layers within one module that are given the same rows."""
 
 
 @dataclass(frozen=True)
@@ -47,38 +48,13 @@ def quantize_weight(weight: torch.Tensor) -> Int8Weight:
     return Int8Weight((values / scale.unsqueeze(1)).round_().to(torch.int8), scale)
 
 
-def quantize_rows(x: torch.Tensor, shift: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return rows ``(N, I)`` float32 in int8, or with `shift` 128 added in uint8, and their scales ``(N, 1)``.
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows ``(N, I)`` float32 in int8, and their scales ``(N, 1)``.
 
     The numbers of a row of zeros have no meaning, but its scale is 0.
     """
     scale = x.abs().amax(1, keepdim=True).mul_(1 / LARGEST)
-    shifted = (x / scale).add_(_MAGIC + shift).view(torch.int32)
-    return shifted.to(torch.uint8 if shift else torch.int8), scale
-
-
-class RowMemory:
-    """The last rows that were quantised: query, key and value, or gate and up, take the same ones.
-
-    One for a model, on a CPU; what was changed since is quantised again.
-    """
-
-    def __init__(self) -> None:
-        self._last: tuple[torch.Tensor, int, int, tuple[torch.Tensor, torch.Tensor]] | None = None
-
-    def quantize(self, x: torch.Tensor, shift: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `quantize_rows` of ``x`` (..., I) as rows."""
-        if x.device.type != "cpu" or torch.compiler.is_compiling() or x.is_inference():
-            return quantize_rows(_rows(x), shift)
-        last = self._last
-        if last is not None and last[0] is x and last[1:3] == (x._version, shift):
-            return last[3]
-        made = quantize_rows(_rows(x), shift)
-        self._last = x, x._version, shift, made
-        return made
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> RowMemory:
-        return memo.setdefault(id(self), RowMemory())
+    return (x / scale).round_().to(torch.int8), scale
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -112,16 +88,16 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 
 
 def packed_product(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return ``(N, O)`` float32, the products of ``x`` (N, I) uint8 less 128 with a packed weight, times ``scale``."""
+    """Return ``(N, O)`` float32, the products of ``x`` (N, I) int8 with a packed weight, times ``scale`` (O,)."""
     return torch.ops.onednn.qlinear_pointwise(
-        x, 1.0, 128, packed, scale, _ZERO, None, 1.0, 0, torch.float32, "none", [], ""
+        x, 1.0, 0, packed, scale, _ZERO, None, 1.0, 0, torch.float32, "none", [], ""
     )
 
 
 @lru_cache(maxsize=1)
 def packing_works() -> bool:
     """Whether oneDNN's product is there and exact: on processors without VNNI its sums of pairs overflow."""
-    x = torch.full((2, 64), 255, dtype=torch.uint8)
+    x = torch.full((2, 64), LARGEST, dtype=torch.int8)
     weight = torch.full((32, 64), -LARGEST, dtype=torch.int8)
     try:
         out = packed_product(x, pack(weight), torch.ones(32))
@@ -130,11 +106,139 @@ def packing_works() -> bool:
     return bool((out == -LARGEST * LARGEST * 64).all())
 
 
+@dataclass(frozen=True)
+class _Whole:
+    """The weights of layers as one: ``scale`` (O,), ``bias`` (O,) float32, and the weight in oneDNN's layout."""
+
+    scale: torch.Tensor
+    bias: torch.Tensor | None
+    packed: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What was computed of ``given`` and not asked for yet, by number of layer."""
+
+    given: torch.Tensor
+    state: int | torch.Tensor
+    outputs: dict[int, torch.Tensor]
+
+    def of(self, x: torch.Tensor, part: int) -> bool:
+        """Whether the outcome of ``x`` as it is now lies here for a layer."""
+        if self.given is not x or part not in self.outputs:
+            return False
+        state = self.state
+        return torch.equal(state, x) if isinstance(state, torch.Tensor) else state == _state(x)
+
+
+def _state(x: torch.Tensor) -> int | torch.Tensor:
+    """What tells later whether a tensor was changed; a copy where torch does not count changes."""
+    if torch.compiler.is_compiling():
+        return 0  # the compiler turns changes in place into new tensors
+    return x.clone() if x.is_inference() else x._version
+
+
+class JointProduct:
+    """Layers that are given the same rows, as query, key and value are: quantised once and multiplied in one call.
+
+    On a CPU the first of them that is called computes for all; the others take what lies ready if they are given the
+    same, unchanged tensor. On other devices, where no copy of the weights is made, each layer computes for itself.
+    """
+
+    def __init__(self, layers: Sequence[Int8Linear]) -> None:
+        self.layers = tuple(layers)
+        self._kept: tuple[list[int], _Whole] | None = None
+        self._ready: _Ready | None = None
+
+    def __call__(self, layer: Int8Linear, x: torch.Tensor) -> torch.Tensor:
+        """Return what ``layer``, one of these, makes of ``x`` (..., I), ``(..., O)`` float32."""
+        if len(self.layers) == 1:
+            return self._all(x)[0]
+        if x.device.type != "cpu":
+            return _product(layer, x)
+        ready = self._ready
+        if ready is None or not ready.of(x, layer.part):
+            ready = self._ready = _Ready(x, _state(x), dict(enumerate(self._all(x))))
+        out = ready.outputs.pop(layer.part)
+        if not ready.outputs:
+            self._ready = None
+        return out
+
+    def _all(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Return what each of the layers makes of ``x``."""
+        if torch.compiler.is_compiling() and x.device.type == "cpu":
+            out = _compilable_product(self.layers, x)
+        elif (whole := self.whole()) is not None:
+            codes, row_scale = quantize_rows(_rows(x))
+            out = packed_product(codes, whole.packed, whole.scale)
+            out = out.mul_(row_scale) if whole.bias is None else torch.addcmul(whole.bias, out, row_scale)
+        else:
+            return [_product(layer, x) for layer in self.layers]
+        out = out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
+        return (out,) if len(self.layers) == 1 else out.split([layer.out_features for layer in self.layers], -1)
+
+    def whole(self) -> _Whole | None:
+        """Return the weights as one in oneDNN's layout, made when they have changed; ``None`` where it is not used."""
+        layers = self.layers
+        if layers[0]._buffers["scale"].device.type != "cpu" or not packing_works():  # type: ignore[union-attr]
+            return None
+        marks = [mark for layer in layers for mark in _marks(layer)]
+        if self._kept is None or self._kept[0] != marks:
+            packed = pack(_joined([layer.weight for layer in layers]))
+            bias = None if layers[0].bias is None else _joined([b.float() for b in _biases(layers)])
+            self._kept = marks, _Whole(_joined([layer.scale for layer in layers]), bias, packed)
+        return self._kept[1]
+
+    def forget(self) -> None:
+        """Let go of the copy of the weights and of what lies ready."""
+        self._kept = self._ready = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The layers alone: the blocked layout can be neither copied nor stored."""
+        return {"layers": self.layers, "_kept": None, "_ready": None}
+
+
+def _marks(layer: Int8Linear) -> list[int]:
+    """Where the weight lies, and how often weight, bias and scale were changed: found in no time, as at each call."""
+    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+    scale = layer._buffers["scale"]
+    assert weight is not None and scale is not None
+    if weight.is_inference():
+        return [weight.data_ptr()]
+    return [weight.data_ptr(), weight._version, scale._version, 0 if bias is None else bias._version]
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _biases(layers: Sequence[Int8Linear]) -> list[torch.Tensor]:
+    return [layer.bias for layer in layers if layer.bias is not None]
+
+
+def _product(layer: Int8Linear, x: torch.Tensor) -> torch.Tensor:
+    codes, row_scale = quantize_rows(_rows(x))
+    out = int8_product(codes, layer.weight) * row_scale
+    out = out.mul_(layer.scale) if layer.bias is None else torch.addcmul(layer.bias.float(), out, layer.scale)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], layer.out_features)
+
+
+def _compilable_product(layers: Sequence[Int8Linear], x: torch.Tensor) -> torch.Tensor:
+    """As `_product` of all layers on a CPU, in the words from which torch's compiler makes oneDNN's packed product."""
+    codes, row_scale = quantize_rows(_rows(x))
+    weight = _joined([layer.weight for layer in layers])
+    scale = _joined([layer.scale for layer in layers])
+    out = torch._int_mm(codes, weight.t()).to(torch.float32) * row_scale * scale
+    biases = _biases(layers)
+    return out + _joined([bias.float() for bias in biases]) if biases else out
+
+
 class Int8Linear(nn.Module):
     """A linear layer with an int8 weight; for evaluation only.
 
     `weight` (O, I) int8, `scale` (O,) float32, `bias` (O,) or ``None`` in the dtype of the model. On a CPU a copy of
-    the weight in oneDNN's layout is made at the first use.
+    the weight in oneDNN's layout is made at the first use. `joint` multiplies, with
+    other layers where `join` said so, as its layer number `part`.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype | None = None) -> None:
@@ -142,13 +246,15 @@ class Int8Linear(nn.Module):
         if in_features > WIDEST:
             raise ValueError(f"a layer with {in_features} inputs is wider than {WIDEST}, the most that int8 sums hold")
         self.in_features, self.out_features = in_features, out_features
-        self.memory = RowMemory()
-        self._packed: tuple[tuple[int, int], torch.Tensor] | None = None
+        self.joint, self.part = JointProduct([self]), 0
         weight = torch.zeros((out_features, in_features), dtype=torch.int8)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.scale: torch.Tensor
         self.register_buffer("scale", torch.ones(out_features, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
+        self.bias: nn.Parameter | None
+        self.register_parameter(
+            "bias", nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
+        )
 
     @classmethod
     @torch.no_grad()
@@ -168,32 +274,11 @@ class Int8Linear(nn.Module):
             raise ValueError("int8 layers pass no gradients: train the float model and quantise the result")
         if not x.numel():
             return x.new_zeros((*x.shape[:-1], self.out_features))
-        packed = self.packed()
-        codes, row_scale = self.memory.quantize(x, 0 if packed is None else 128)
-        if packed is None:
-            out, factor = int8_product(codes, self.weight) * row_scale, self.scale
-        else:
-            out, factor = packed_product(codes, packed, self.scale), row_scale
-        out = out.mul_(factor) if self.bias is None else torch.addcmul(self.bias.float(), out, factor)
-        out = out.to(x.dtype)
-        return out if x.dim() == 2 else out.view(*x.shape[:-1], self.out_features)
-
-    def packed(self) -> torch.Tensor | None:
-        """Return the weight in oneDNN's layout, or ``None`` where the plain one is used."""
-        weight, kept = self.weight, self._packed
-        if weight.device.type != "cpu" or torch.compiler.is_compiling() or not packing_works():
-            return None
-        marks = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
-        if kept is None or kept[0] != marks:
-            self._packed = kept = marks, pack(weight)
-        return kept[1]
+        return self.joint(self, x).to(x.dtype)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Int8Linear:
-        self._packed = None
+        self.joint.forget()
         return super()._apply(fn, recurse)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_packed": None}  # the blocked layout can be neither copied nor stored
 
     def train(self, mode: bool = True) -> Int8Linear:
         """Raise ValueError for training mode."""
@@ -228,12 +313,22 @@ def quantizable(model: Any) -> Iterator[tuple[str, nn.Linear]]:
 def replace_linears(model: Any, change: Callable[[nn.Linear], Int8Linear] = Int8Linear.of) -> int:
     """Replace the layers that are `quantizable`, one by one, and return how many; the float weights are let go."""
     names = [name for name, _ in quantizable(model)]
-    memory = RowMemory()
     for name in names:
-        layer = change(model.get_submodule(name))
-        layer.memory = memory
-        model.set_submodule(name, layer)
+        model.set_submodule(name, change(model.get_submodule(name)))
+    for part in model.modules():
+        join(part)
     return len(names)
+
+
+def join(module: nn.Module) -> None:
+    """Let those int8 layers of a module that are given the same rows (`JOINT`) multiply together."""
+    for names in JOINT:
+        layers = [layer for name in names if isinstance(layer := getattr(module, name, None), Int8Linear)]
+        alike = len({(layer.in_features, layer.bias is None) for layer in layers}) == 1
+        if len(layers) == len(names) and alike:
+            joint = JointProduct(layers)
+            for part, layer in enumerate(layers):
+                layer.joint, layer.part = joint, part
 
 
 def is_int8(model: nn.Module) -> bool:
