@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import TypedDict, is_typeddict
 
+from vilau.data.sources.nano import NanoConfig
 from vilau.data.sources.registry import FORMATS, find_format, format_names
 from vilau.data.sources.source import SourceConfig
 from vilau.errors import first_line
@@ -191,6 +192,16 @@ class DataConfig(_Strict):
     objects: int = Field(48, ge=4, le=48)
     styles: list[str] = Field(default_factory=lambda: ["noto"])
 
+    @model_validator(mode="after")
+    def _is_the_world_of_its_sources(self) -> DataConfig:
+        """Sources of format nano have this world, objects and styles where they name none of their own."""
+        for source in (*self.sources, *self.validation):
+            if isinstance(source, NanoConfig):
+                world = {"path": self.world or "", "objects": self.objects, "styles": list(self.styles)}
+                for name in world.keys() - source.model_fields_set:
+                    setattr(source, name, world[name])
+        return self
+
 
 class SamplesConfig(_Strict):
     """What a language stage shows of itself at intervals; sensible prompts and pictures of the data if all is empty."""
@@ -229,6 +240,16 @@ class TrainConfig(_Strict):
     validation_samples: int = Field(512, ge=2, description="pictures of a validation, none of them shown in training")
     validation_extractor: str = Field("judge", description="features of the Fréchet distance: judge, or TorchScript")
     keep_checkpoints: int = Field(2, ge=2)
+
+    @model_validator(mode="after")
+    def _moves_objects_in_one_place(self) -> TrainConfig:
+        for name, stage in self.stages.items():
+            if self.data.sources and isinstance(stage, LanguageStageConfig) and stage.jitter:
+                raise ValueError(
+                    f"stages.{name}.jitter {stage.jitter:g} has no effect with data.sources: give it to a source of "
+                    "format nano, and set this one to 0"
+                )
+        return self
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
@@ -312,6 +333,8 @@ def _explain(item: Any) -> str:
     if item["type"] == "union_tag_invalid":
         near = difflib.get_close_matches(str(item["ctx"]["tag"]), format_names(), 1, 0.0)
         return f"{where}.format: there is no format {item['ctx']['tag']!r}; did you mean {near[0]!r}?"
+    if item["type"] == "value_error" and isinstance(item["input"], dict | BaseModel):  # of a group of keys
+        return ": ".join(filter(None, (where, str(item["ctx"]["error"]))))
     if item["type"] != "extra_forbidden":
         return (
             f"{where}: {item['msg'].lower()} (got {item['input']!r})"

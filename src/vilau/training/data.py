@@ -14,6 +14,7 @@ from vilau.data.feed import PairFeed, SampleFeed
 from vilau.data.mixture import Entry, Mixture
 from vilau.data.nano.dataset import ImageTextDataset, NanoDataset
 from vilau.data.nano.world import ASSETS, World
+from vilau.data.sources.nano import FORM_NAMES
 from vilau.data.sources.source import ReadOptions, SourceConfig
 from vilau.processing.augment import AugmentConfig
 from vilau.processing.templates import ChatTemplate
@@ -67,7 +68,7 @@ def build_pairs(config: TrainConfig, name: StageName, size: int, seed: int) -> I
         _refuse_mixture(settings.mixture, name)
         return ImageTextDataset(load_world(config), "train", seed, size, settings.steps * settings.batch_size)
     contrast = _contrasts(settings)
-    feed = PairFeed(build_mixture(config, name, seed), size, config.data.augment, seed, contrast)
+    feed = PairFeed(build_mixture(config, name, seed, size), size, config.data.augment, seed, contrast)
     feed.probe()
     return feed
 
@@ -95,7 +96,7 @@ def build_samples(
     Raises:
         ValueError: a source that is not there or cannot be read at all; too few samples.
     """
-    feed = SampleFeed(build_mixture(config, name, stage_seed(config, name), num_frames, swap), size)
+    feed = SampleFeed(build_mixture(config, name, stage_seed(config, name), size, num_frames, swap), size)
     feed.probe()
     return feed
 
@@ -104,11 +105,13 @@ def build_mixture(
     config: TrainConfig,
     name: StageName,
     seed: int,
+    size: int,
     num_frames: int = 8,
     swap: Callable[[list[Entry]], list[Entry]] = lambda entries: entries,
 ) -> Mixture:
     """Return the mixture of a stage: the sources that its `mixture` names, or all of them by their own weights.
 
+    size: side S of the model's square, for sources that draw their pictures.
     swap: may put other sources of the same names and lengths in their place.
 
     Raises:
@@ -116,7 +119,7 @@ def build_mixture(
     """
     settings = config.stages[name]
     entries = open_sources(
-        config, num_frames, settings.mixture, f"stages.{name}.mixture", needs_captions=_contrasts(settings)
+        config, size, num_frames, settings.mixture, f"stages.{name}.mixture", needs_captions=_contrasts(settings)
     )
     mixture = Mixture(swap(entries), seed)
     wanted = settings.steps * settings.batch_size
@@ -142,7 +145,7 @@ def validation_pairs(config: TrainConfig, size: int) -> list[tuple[np.ndarray, s
         ValueError: a source that is not there, cannot be read at all or holds no pairs.
     """
     contrast = any(map(_contrasts, config.stages.values()))  # type: ignore[arg-type]
-    options = _read_options(config, 8, contrast)
+    options = _read_options(config, size, 8, contrast, held_out=True)
     entries = [Entry(source.open(options), "size", 1.0) for source in config.data.validation]
     plain = AugmentConfig(resize=config.data.augment.resize)
     feed = PairFeed(Mixture(entries, seed=0), size, plain, seed=0, needs_captions=contrast)
@@ -151,21 +154,30 @@ def validation_pairs(config: TrainConfig, size: int) -> list[tuple[np.ndarray, s
     return [feed[number] for number in range(min(config.validation_samples, feed.mixture.total))]
 
 
-def _read_options(config: TrainConfig, num_frames: int, needs_captions: bool = True) -> ReadOptions:
+def _read_options(
+    config: TrainConfig, size: int, num_frames: int, needs_captions: bool, held_out: bool = False
+) -> ReadOptions:
     settings = config.data
-    cache = Path(settings.cache) if settings.cache else None
-    return ReadOptions(num_frames, settings.max_pixels, cache=cache, needs_captions=needs_captions)
+    return ReadOptions(
+        num_frames,
+        settings.max_pixels,
+        cache=Path(settings.cache) if settings.cache else None,
+        needs_captions=needs_captions,
+        image_size=size,
+        held_out=held_out,
+    )
 
 
 def open_sources(
     config: TrainConfig,
+    size: int,
     num_frames: int,
     weights: Mapping[str, float] | None = None,
     where: str = "mixture",
     needs_captions: bool = True,
 ) -> list[Entry]:
     """Open the sources of a configuration, those of `weights` only where it names some."""
-    settings, options = config.data, _read_options(config, num_frames, needs_captions)
+    settings, options = config.data, _read_options(config, size, num_frames, needs_captions)
     sources: dict[str, SourceConfig] = {}
     for source in settings.sources:
         if source.label in sources:
@@ -174,7 +186,8 @@ def open_sources(
     for label in weights or {}:
         if label not in sources:
             near = difflib.get_close_matches(label, sources, 1, 0.0)[0]
-            raise ValueError(f"{where}: no source has the name {label!r}; did you mean {near!r}?")
+            hint = "; forms of the nano world are the `forms` of a source of format nano" if label in FORM_NAMES else ""
+            raise ValueError(f"{where}: no source has the name {label!r}; did you mean {near!r}?{hint}")
     chosen: dict[str, float | Literal["size"]] = {label: source.weight for label, source in sources.items()}
     if weights:
         chosen = dict(weights)
@@ -182,7 +195,7 @@ def open_sources(
         if weight != "size" and not 0 < weight < float("inf"):
             raise ValueError(f"source {label!r} has weight {weight}, but it must be above 0: leave the source out")
     return [
-        Entry(sources[label].open(options), weight, sources[label].epochs, sources[label].forms)
+        Entry(sources[label].open(options), weight, sources[label].epochs, sources[label].ways_round)
         for label, weight in chosen.items()
     ]
 
