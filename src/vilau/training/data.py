@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -66,7 +67,7 @@ def build_pairs(config: TrainConfig, name: StageName, size: int, seed: int) -> I
     settings = config.stages[name]
     if not config.data.sources:
         _refuse_mixture(settings.mixture, name)
-        return ImageTextDataset(load_world(config), "train", seed, size, settings.steps * settings.batch_size)
+        return ImageTextDataset(load_world(config), "train", seed, size, settings.num_steps * settings.batch_size)
     contrast = _contrasts(settings)
     feed = PairFeed(build_mixture(config, name, seed, size), size, config.data.augment, seed, contrast)
     feed.probe()
@@ -74,10 +75,10 @@ def build_pairs(config: TrainConfig, name: StageName, size: int, seed: int) -> I
 
 
 def build_nano_samples(config: TrainConfig, name: StageName, size: int, num_frames: int) -> NanoDataset:
-    """Return the nano world's samples for a language stage, at `size` pixels."""
+    """Return the nano world's samples for a language stage, at `size` pixels; endless until its steps are known."""
     settings = config.stages[name]
     assert isinstance(settings, LanguageStageConfig)
-    count = settings.steps * settings.batch_size
+    count = sys.maxsize if settings.steps is None else settings.steps * settings.batch_size
     seed = stage_seed(config, name)
     return NanoDataset(load_world(config), settings.mixture, "train", seed, size, num_frames, settings.jitter, count)
 
@@ -115,20 +116,32 @@ def build_mixture(
     swap: may put other sources of the same names and lengths in their place.
 
     Raises:
-        ValueError: a name that no source has, a weight that is not above 0, or fewer samples than the stage reads.
+        ValueError: a name that no source has, a weight that is not above 0, or fewer samples than the stage reads,
+            where its steps are known.
     """
     settings = config.stages[name]
-    entries = open_sources(
-        config, size, num_frames, settings.mixture, f"stages.{name}.mixture", needs_captions=_contrasts(settings)
-    )
-    mixture = Mixture(swap(entries), seed)
-    wanted = settings.steps * settings.batch_size
+    mixture = Mixture(swap(_open_for(config, name, size, num_frames)), seed)
+    wanted = (settings.steps or 0) * settings.batch_size
     if mixture.total is not None and mixture.total < wanted:
         raise ValueError(
             f"stages.{name} reads {settings.steps} steps x {settings.batch_size} = {wanted} samples, but its sources "
             f"give {mixture.total} with the `epochs` they have: raise these, or train fewer steps"
         )
     return mixture
+
+
+def count_samples(config: TrainConfig, name: StageName, size: int, num_frames: int = 8) -> int:
+    """Return how many samples all sources of a stage hold together, each counted once: an epoch.
+
+    Raises:
+        ValueError: a source that is not there.
+    """
+    return sum(len(entry.source) for entry in _open_for(config, name, size, num_frames))
+
+
+def _open_for(config: TrainConfig, name: StageName, size: int, num_frames: int) -> list[Entry]:
+    settings, where = config.stages[name], f"stages.{name}.mixture"
+    return open_sources(config, size, num_frames, settings.mixture, where, needs_captions=_contrasts(settings))
 
 
 def _contrasts(settings: StageConfig) -> bool:

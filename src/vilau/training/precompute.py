@@ -94,6 +94,11 @@ def plan_codes(config: TrainConfig, name: StageName, tower: VisionTower, num_fra
         return StoreInfo(_data_digest(size, num_frames, data), digest, *shape, samples, variants)
 
     if not config.data.sources:
+        if settings.steps is None:
+            raise ValueError(
+                f"how many samples of the nano world {settings.length} are is known when stage {name} starts: say "
+                f"stages.{name}.steps=N here, or name the nano world under data.sources, where it has a length"
+            )
         dataset = build_nano_samples(config, name, size, num_frames)
         world = [config.data.world, config.data.objects, config.data.styles]
         facts = [world, dict(settings.mixture), settings.jitter, stage_seed(config, name)]
@@ -112,6 +117,8 @@ def build_stage_samples(
 ) -> NanoDataset | SampleFeed | CodeStore:
     """Return what a language stage reads: samples with pixels or, where `codes` is set, with codes for them.
 
+    Before the stage's steps are known, this is for measuring: the nano world comes with pixels, and without end.
+
     Raises:
         ValueError: a source or its codes cannot be read, or were made by another tower.
     """
@@ -120,7 +127,7 @@ def build_stage_samples(
     size, num_frames = int(tower.config.image_size), int(model.config.num_frames)
     folder = None if settings.codes is None else Path(settings.codes)
     if not config.data.sources:
-        if folder is None:
+        if folder is None or settings.steps is None:
             return build_nano_samples(config, name, size, num_frames)
         return coded_nano(plan_codes(config, name, tower, num_frames, folder)[0])
     if folder is None:
