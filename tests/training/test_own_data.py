@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from vilau.data.nano.dataset import ImageTextDataset
-from vilau.data.nano.world import World
+from vilau.data.nano.world import ASSETS, World
 from vilau.processing.images import resize_square
 from vilau.training.batches import step_batches
 from vilau.training.config import TrainConfig, load_config
@@ -288,6 +288,16 @@ def test_a_nano_source_takes_the_world_of_the_data(pets: Path, tmp_path: Path) -
     held = ImageTextDataset(World.load(None, objects=12), "heldout", 0, 32, 100_000)
     known = {held[number][0].tobytes() for number in range(3000)}
     assert len(pairs) == 64 and sum(pixels.tobytes() in known for pixels, _ in pairs) > 20
+
+
+def test_a_folder_of_the_nano_world_has_its_tokenizer(tmp_path: Path) -> None:
+    """What `vilau data nano` writes can be named as `data.world`, for sources too, although no tokenizer lies there."""
+    (tmp_path / "world").mkdir()
+    (tmp_path / "world" / "sprites.zip").write_bytes((ASSETS / "sprites.zip").read_bytes())
+    config = own(CONFIG, tmp_path, [{"format": "nano"}], f"data.world={tmp_path / 'world'}")
+    assert config.data.sources[0].path == str(tmp_path / "world")
+    assert len(load_tokenizer(config)) == len(load_tokenizer(load_config(CONFIG)))
+    assert len(build_stage(config, "pretrain", None).make_batch(0, 0, 1).sample_ids) == 16
 
 
 def test_a_tokenizer_of_another_kind_gets_the_tokens_it_lacks(pets: Path, tmp_path: Path) -> None:

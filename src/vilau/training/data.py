@@ -50,8 +50,8 @@ def load_tokenizer(config: TrainConfig) -> Any:
         ValueError: there is no such tokenizer.
     """
     if config.data.tokenizer is None:
-        folder = Path(config.data.world) if config.data.world else ASSETS
-        return AutoTokenizer.from_pretrained(folder / "tokenizer")
+        own = Path(config.data.world or ASSETS) / "tokenizer"  # `vilau data nano` writes none: it is the same for all
+        return AutoTokenizer.from_pretrained(own if own.is_dir() else ASSETS / "tokenizer")
     try:
         return language_model.load_tokenizer(config.data.tokenizer, ChatTemplate.from_dict(config.data.template))
     except ValueError as error:
