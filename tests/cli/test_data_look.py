@@ -70,6 +70,23 @@ def test_inspect_of_a_configuration_shows_the_text_encoder(cli: Cli, folder: Pat
     assert "positions" not in done.out
 
 
+def test_the_nano_world_is_looked_at_like_other_sources(cli: Cli, folder: Path, tmp_path: Path) -> None:
+    """In a configuration of all stages its forms, pictures and tokens are shown, and all of it is checked."""
+    path = config_for(folder, align={"mixture": {"pets": 1}}, sft={})
+    nano = {"format": "nano", "samples": 40, "forms": {"question": 1, "text_image": 1}}
+    raw = yaml.safe_load(path.read_text())
+    raw["data"]["sources"].append(nano)
+    path.write_text(yaml.safe_dump(raw))
+    done = cli("data", "inspect", path, "-o", tmp_path / "s.png")
+    assert done.code == 0, done.err
+    assert "nano: 40 samples; of 40 read:" in done.out and "width 32; height 32; frames a sample 1" in done.out
+    checked = cli("data", "check", path)
+    assert (checked.code, checked.out.splitlines()) == (
+        0,
+        ["pets: 8 of 8 samples can be used", "nano: 40 of 40 samples can be used"],
+    )
+
+
 def test_check_finds_every_problem(cli: Cli, folder: Path) -> None:
     """All samples are read; problems come by kind and file, and the exit code says that there are some."""
     clean = cli("data", "check", folder)

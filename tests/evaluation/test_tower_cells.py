@@ -44,7 +44,7 @@ def test_only_what_decides_the_outcome_is_in_the_digest(mini_cells: Path) -> Non
 
 
 def test_what_is_no_cell(mini_cells: Path, tmp_path: Path) -> None:
-    """No cells, another stage, a circle, one output for two: errors that name them."""
+    """No cells, another stage, a circle, one output for two, epochs: errors that name them."""
     with pytest.raises(ValueError, match="no cells"):
         find_cells(tmp_path)
     align = mini_cells / "mini-align.yaml"
@@ -56,6 +56,12 @@ def test_what_is_no_cell(mini_cells: Path, tmp_path: Path) -> None:
     circle["stages"]["align"]["init_from"] = str(tmp_path / "runs" / "unified" / "vision_tower" / "final")
     align.write_text(yaml.safe_dump(circle))
     with pytest.raises(ValueError, match="circle"):
+        find_cells(mini_cells)
+    endless = yaml.safe_load(text)
+    endless["data"]["sources"] = [{"format": "nano"}]
+    endless["stages"]["align"] |= {"steps": None, "epochs": 2}
+    align.write_text(yaml.safe_dump(endless))
+    with pytest.raises(ValueError, match="how long its stages are in steps, not in epochs"):
         find_cells(mini_cells)
 
 

@@ -76,6 +76,21 @@ def test_a_wrong_key_names_the_nearest(path: Path, old: str, new: str, key: str,
         ("steps: 7", "steps: 7, contrastive: cosine", "stages.sft.contrastive"),
         ("  align:", "  algin:", "align"),
         ("output: runs/test", "seed: 1", "output is missing"),
+        (
+            "steps: 7",
+            "steps: 7, tokens: 900",
+            "stages.sft: how long it is must be said by one of steps, epochs, tokens",
+        ),
+        ("steps: 7", "steps: 7, tokens: 900", "not by steps 7 and tokens 900: take the others away (null)"),
+        ("steps: 7, ", "", "stages.sft: how long it is must be said by one of steps, epochs, tokens, not by none"),
+        ("steps: 7", "tokens: 0", "stages.sft.tokens"),
+        ("steps: 7", "epochs: .inf", "stages.sft.epochs"),
+        ("steps: 7", "epochs: 2", "stages.sft.epochs 2: the nano world has no end where it is not a source"),
+        (
+            "steps: 5",
+            "tokens: 900",
+            "stages.align: tokens 900 are counted in pretrain and sft only: give steps or epochs",
+        ),
     ],
 )
 def test_wrong_values_name_their_place(path: Path, old: str, new: str, words: str) -> None:
@@ -98,6 +113,21 @@ def test_overrides(path: Path) -> None:
     config = load_config(path, [*overrides, "model.vision_config.depth=3", "stages.align.optimizer.lr=1e-2"])
     assert config.stages["sft"].steps == 11 and config.seed == 4 and config.data.styles == ["a", "b"]
     assert config.model["vision_config"]["depth"] == 3 and config.stages["align"].optimizer.lr == 0.01
+
+
+def test_the_last_length_counts(path: Path, tmp_path: Path) -> None:
+    """An override or a changing file that says how long a stage is takes the place of another way to say it."""
+    assert load_config(path, ["stages.sft.tokens=900"]).stages["sft"].length == "900 tokens"
+    config = load_config(path, ["stages.sft.tokens=900", "stages.sft.steps=40"])
+    assert (config.stages["sft"].steps, config.stages["sft"].tokens) == (40, None)
+    changed = tmp_path / "changed.yaml"
+    changed.write_text("base: base.yaml\nstages: {sft: {tokens: 900}, align: {steps: 6}}\n")
+    config = load_config(changed)
+    assert (config.stages["sft"].steps, config.stages["sft"].tokens, config.stages["align"].steps) == (None, 900, 6)
+    changed.write_text("base: base.yaml\nstages: {sft: {tokens: 900, steps: null}}\n")
+    assert load_config(changed).stages["sft"].length == "900 tokens"
+    with pytest.raises(ValueError, match="not by none"):
+        load_config(path, ["stages.sft.steps=null"])
 
 
 @pytest.mark.parametrize("override", ["seed", "=3", "stages.sft.steps.x=1", "stages.sft.stepz=1", "seed=[", "a..b=1"])

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from vilau.data.nano.dataset import ImageTextDataset
-from vilau.data.nano.world import World
+from vilau.data.nano.world import ASSETS, World
 from vilau.processing.images import resize_square
 from vilau.training.batches import step_batches
 from vilau.training.config import TrainConfig, load_config
@@ -97,7 +97,7 @@ def test_a_folder_of_pictures_trains_every_stage(pets: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", ["align", "pretrain"])
 def test_own_data_has_one_global_order(name: Any, pets: Path, tmp_path: Path) -> None:
-    """R10: 0, 1 and 3 workers, 1 and 2 processes and a resumed run read the same of three formats, augmentation too."""
+    """R10: 0, 1 and 3 workers, 1 and 2 processes and a resumed run read the same of four formats, augmentation too."""
     pictures = [(path.read_bytes(), path.with_suffix(".txt").read_bytes()) for path in sorted(pets.glob("*.png"))]
     with tarfile.open(tmp_path / "shard.tar", "w") as archive:
         for number, pair in enumerate(pictures[:40]):
@@ -111,6 +111,7 @@ def test_own_data_has_one_global_order(name: Any, pets: Path, tmp_path: Path) ->
         folder(pets, weight=3),
         {"format": "webdataset", "path": str(tmp_path / "shard.tar")},
         {"format": "parquet", "path": str(tmp_path / "rows.parquet"), "epochs": 0.25},
+        {"format": "nano", "samples": 50, "forms": {"text_image": 0.6, "text_video": 0.4, "pictures": 1}},
     ]
     config = own(CONFIG, tmp_path, sources, "data.augment={crop: random, flip: 0.5}")
     stage = build_stage(config, name, None)
@@ -220,6 +221,12 @@ def test_too_many_corrupt_samples_stop_the_run(corrupt: list[dict[str, Any]], tm
         ([{"format": "folder", "path": "/no/such/folder"}], (), "is not a folder"),
         ("pets", ("stages.align.mixture={pts: 1}",), "no source has the name 'pts'; did you mean 'pets'"),
         ("pets", ("stages.align.mixture={pets: 0}",), "weight 0.0, but it must be above 0"),
+        ("pets", ("stages.align.mixture={text_image: 1}",), "are the `forms` of a source of format nano"),
+        ("pets", ("stages.sft.jitter=2",), "stages.sft.jitter 2 has no effect with data.sources"),
+        ([{"format": "nano", "forms": {"text_imag": 1}}], (), "no form 'text_imag'; did you mean 'text_image'"),
+        ([{"format": "nano", "forms": {"text": 0}}], (), "share above 0"),
+        ([{"format": "nano", "path": "/no/such/world"}], (), "source 'nano': no sprite archive"),
+        ([{"format": "nano", "forms": {"text_image": 1, "question": 1}}], (), "source 'nano' holds the forms question"),
         ("pets", ("data.sources.0.weight=-2",), "weight -2.0, but it must be above 0"),
         ("pets", ("data.sources.0.epochs=0.5",), "reads 6 steps x 16 = 96 samples, but its sources give 48"),
         (
@@ -267,6 +274,30 @@ def test_a_stage_may_name_its_sources(pets: Path, tmp_path: Path) -> None:
     stage = build_stage(config, "pretrain", None)
     names = Counter(sample.split("/")[0] for step in range(4) for sample in stage.make_batch(step, 0, 1).sample_ids)
     assert names == {"a": 48, "c": 16}
+
+
+def test_a_nano_source_takes_the_world_of_the_data(pets: Path, tmp_path: Path) -> None:
+    """Objects and styles under `data` hold for it where it names none; held-out combinations are for validation."""
+    nano = {"format": "nano", "forms": {"pictures": 1}}
+    config = own(
+        CONFIG, tmp_path, [nano, nano | {"objects": 5, "name": "few"}], f"data.validation={json.dumps([nano])}"
+    )
+    assert [source.objects for source in config.data.sources] == [12, 5]  # type: ignore[attr-defined]
+    assert config.data.validation[0].objects == 12  # type: ignore[attr-defined]
+    pairs = validation_pairs(config, 32)
+    held = ImageTextDataset(World.load(None, objects=12), "heldout", 0, 32, 100_000)
+    known = {held[number][0].tobytes() for number in range(3000)}
+    assert len(pairs) == 64 and sum(pixels.tobytes() in known for pixels, _ in pairs) > 20
+
+
+def test_a_folder_of_the_nano_world_has_its_tokenizer(tmp_path: Path) -> None:
+    """What `vilau data nano` writes can be named as `data.world`, for sources too, although no tokenizer lies there."""
+    (tmp_path / "world").mkdir()
+    (tmp_path / "world" / "sprites.zip").write_bytes((ASSETS / "sprites.zip").read_bytes())
+    config = own(CONFIG, tmp_path, [{"format": "nano"}], f"data.world={tmp_path / 'world'}")
+    assert config.data.sources[0].path == str(tmp_path / "world")
+    assert len(load_tokenizer(config)) == len(load_tokenizer(load_config(CONFIG)))
+    assert len(build_stage(config, "pretrain", None).make_batch(0, 0, 1).sample_ids) == 16
 
 
 def test_a_tokenizer_of_another_kind_gets_the_tokens_it_lacks(pets: Path, tmp_path: Path) -> None:

@@ -60,6 +60,31 @@ def test_nano_stage_from_codes_equals_from_pixels(tmp_path: Path) -> None:
         build_stage(other, "sft", None)
 
 
+def test_a_nano_source_from_codes_equals_from_pixels(tmp_path: Path) -> None:
+    """The nano world beside a folder: the same batches and losses from codes; codes of other settings are refused."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(6):
+        Image.new("RGB", (40, 30), (number * 40, 90, 200)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"a picture of {number}")
+    nano = "{format: nano, samples: 30, forms: {text_image: 2, multi_image: 1, text_video: 1, text: 1}}"
+    config = load(tmp_path, f"data.sources=[{nano}, {{format: folder, path: {folder}}}]", "stages.sft.mixture={}")
+    write_codes(config, tmp_path / "codes")
+    coded = with_codes(config, tmp_path / "codes")
+    stages = [build_stage(one, "sft", None) for one in (config, coded)]
+    for step in range(3):
+        batches = [stage.make_batch(step, 0, 1) for stage in stages]
+        assert batches[0].sample_ids == batches[1].sample_ids and "text" in batches[0].forms + batches[1].forms
+        losses = []
+        for stage, batch in zip(stages, batches, strict=True):
+            stage.module.eval()
+            losses.append(stage.compute(batch, step).loss.detach())
+        assert losses[0] == losses[1]
+    coded.data.sources[0].seed = 1  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="holds other samples than source 'nano' now gives"):
+        build_stage(coded, "sft", None)
+
+
 def test_sources_from_codes_equal_from_pixels(tmp_path: Path) -> None:
     """The same for a folder of pictures used both ways round, over several epochs; another tower is refused."""
     folder = tmp_path / "pictures"

@@ -72,7 +72,7 @@ class Reader:
 
     def describe(self, sample: Sample) -> list[str]:
         """Lines that say what the model sees of a sample and what it learns from it."""
-        from vilau.data.feed import pair_of
+        from vilau.data.feed import PAIRED_FORMS, pair_of
         from vilau.processing.encode import encode_text
         from vilau.processing.explain import describe, written
 
@@ -80,7 +80,7 @@ class Reader:
         tokenizer = self.processor.tokenizer
         if not self.pairs_only:
             lines += describe(self.encode(sample), tokenizer, self.processor.positions_per_frame)
-        if self.text_length is not None:
+        if self.text_length is not None and sample.form in PAIRED_FORMS:
             tokens = encode_text(tokenizer, pair_of(sample, self.needs_captions)[1])
             kept = " | ".join(written(tokenizer, token) for token in tokens[: self.text_length])
             lines.append(f"{sample.id}: the tower's text encoder reads {min(len(tokens), self.text_length)} of")
@@ -104,13 +104,16 @@ def _of_configuration(path: Path, overrides: Sequence[str]) -> Reader:
 
     config = load_config(path, list(overrides))
     if not config.data.sources:
-        raise ValueError(f"{path} reads the nano world, which is made while training: there are no files to look at")
+        raise ValueError(
+            f"{path} reads the nano world, which is made while training: there are no files to look at; with "
+            "`--set data.sources=[{format: nano}]` it is a source like others"
+        )
     stages = [config.stages[name] for name in STAGE_ORDER if name in config.stages]
     speaking = [stage for stage in stages if isinstance(stage, LanguageStageConfig)]
     processor = _processor_of(config, speaking[0] if speaking else None)
     frames, limit, cache = processor.num_frames, config.data.max_pixels, config.data.cache
     contrast = any(isinstance(stage, LanguageStageConfig) or stage.contrastive_weight > 0 for stage in stages)
-    entries, problems = _open(config.data.sources, frames, limit, cache, contrast)
+    entries, problems = _open(config.data.sources, processor.image_size, frames, limit, cache, contrast)
     text_length = None
     if len(speaking) < len(stages) and contrast:
         text_length = int(config.text_encoder.get("max_position_embeddings", 64))  # SigLIP's own default
@@ -163,21 +166,32 @@ def _of_path(path: Path, format_name: str | None, settings: Sequence[str], model
         first = error.errors()[0]
         raise ValueError(f"--set {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     processor = VilaUProcessor.from_pretrained(find_model(model))
-    entries, problems = _open([source], processor.num_frames, MAX_PIXELS, None)
+    entries, problems = _open([source], processor.image_size, processor.num_frames, MAX_PIXELS, None)
     return Reader(entries, problems, processor, None, None, False)
 
 
 def _open(
-    sources: Sequence[SourceConfig], num_frames: int, max_pixels: int, cache: str | None, needs_captions: bool = True
+    sources: Sequence[SourceConfig],
+    size: int,
+    num_frames: int,
+    max_pixels: int,
+    cache: str | None,
+    needs_captions: bool = True,
 ) -> tuple[list[Entry], list[str]]:
     from vilau.data.mixture import Entry
     from vilau.data.sources.source import ReadOptions
 
-    options = ReadOptions(num_frames, max_pixels, cache=Path(cache) if cache else None, needs_captions=needs_captions)
+    options = ReadOptions(
+        num_frames,
+        max_pixels,
+        cache=Path(cache) if cache else None,
+        needs_captions=needs_captions,
+        image_size=size,
+    )
     entries, problems = [], []
     for source in sources:
         try:
-            entries.append(Entry(source.open(options), forms=source.forms))
+            entries.append(Entry(source.open(options), forms=source.ways_round))
         except ValueError as error:
             problems.append(str(error))
     return entries, problems

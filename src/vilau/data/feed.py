@@ -15,6 +15,7 @@ from .sources.source import BadSample
 from .variation import PAIR_FORMS
 
 T = TypeVar("T")
+PAIRED_FORMS = frozenset((*PAIR_FORMS, "text_video"))
 
 
 class PairFeed:
@@ -50,6 +51,14 @@ class PairFeed:
         Raises:
             ValueError: none of a source's probed samples can be read, or they are no pairs.
         """
+        for entry in self.mixture.entries:
+            others: frozenset[str] = getattr(entry.source, "forms", frozenset()) - PAIRED_FORMS
+            if others:
+                raise ValueError(
+                    f"source {entry.source.name!r} holds the forms {', '.join(sorted(others))}; the stages of the "
+                    "vision tower learn from pairs of picture and text: leave it out of their mixture, or give it "
+                    "other `forms`"
+                )
         self.mixture.probe(lambda sample: pair_of(sample, self.needs_captions))
 
     def _pair(self, sample: Sample) -> tuple[np.ndarray, str]:

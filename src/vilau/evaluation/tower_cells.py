@@ -66,7 +66,7 @@ class Cell:
     @property
     def steps(self) -> int:
         """Planned steps of that stage."""
-        return int(self.config.stages[self.stage].steps)  # type: ignore[literal-required]
+        return int(self.config.stages[self.stage].num_steps)  # type: ignore[literal-required]
 
     @property
     def draws(self) -> bool:
@@ -93,6 +93,8 @@ def find_cells(folder: Path) -> dict[str, Cell]:
     for file, config in configs.items():
         if not config.stages or set(config.stages) - {"align", "vision_tower"}:
             raise ValueError(f"{file}: a cell has the stages align and vision_tower and no other")
+        if any(stage.steps is None for stage in config.stages.values()):  # type: ignore[attr-defined]
+            raise ValueError(f"{file}: a cell says how long its stages are in steps, not in epochs")
     outputs = {Path(config.output): file.stem.removeprefix(PREFIX) for file, config in configs.items()}
     if len(outputs) < len(files):
         raise ValueError(f"two cells in {folder} have the same output: each needs one of its own")

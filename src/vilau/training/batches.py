@@ -26,7 +26,7 @@ def step_batches(stage: Stage, first: int, parts: int, workers: int) -> Iterator
     loader = DataLoader(
         _StepBatches(stage, parallel.rank(), parallel.world_size(), parts),
         batch_size=None,
-        sampler=range(first, stage.config.steps),
+        sampler=range(first, stage.config.num_steps),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         collate_fn=_unchanged,  # the default copies counters by adding them to themselves
@@ -42,7 +42,7 @@ class _StepBatches(Dataset):
         self.stage, self.rank, self.world_size, self.parts = stage, rank, world_size, parts
 
     def __len__(self) -> int:
-        return self.stage.config.steps
+        return self.stage.config.num_steps
 
     def __getitem__(self, step: int) -> tuple[list[Any], SkipCounts]:
         first, all_parts = self.rank * self.parts, self.world_size * self.parts

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import TypedDict, is_typeddict
 
+from vilau.data.sources.nano import NanoConfig
 from vilau.data.sources.registry import FORMATS, find_format, format_names
 from vilau.data.sources.source import SourceConfig
 from vilau.errors import first_line
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 else:
     AnySource = Annotated[Union[FORMATS], Field(discriminator="format")]  # noqa: UP007 - of a tuple
 
+LENGTHS = ("steps", "epochs", "tokens")
 STAGE_ORDER: tuple[StageName, ...] = ("align", "vision_tower", "pretrain", "sft")
 
 
@@ -59,7 +61,11 @@ class ScaleConfig(_Strict):
 class StageConfig(_Strict):
     """What every stage has: how long, how large, how fast, and from which weights."""
 
-    steps: int = Field(..., ge=1)
+    steps: int | None = Field(None, ge=1, description="how long; or in its place `epochs` or `tokens`")
+    epochs: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="how long: so many times as many samples as its sources hold"
+    )
+    tokens: int | None = Field(None, ge=1, description="how long, in pretrain and sft: positions without padding")
     batch_size: int = Field(..., ge=1, description="samples per step over all processes")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     mixture: dict[str, float] = Field(
@@ -71,6 +77,28 @@ class StageConfig(_Strict):
         None, description="folder of a finished stage or model, or `shipped`; the stage before this one if absent"
     )
     scale: ScaleConfig | None = Field(None, description="in place of the run's `scale`")
+
+    @model_validator(mode="after")
+    def _has_one_length(self) -> StageConfig:
+        given = [f"{name} {value}" for name in LENGTHS if (value := getattr(self, name)) is not None]
+        if len(given) != 1:
+            which = f"{' and '.join(given)}: take the others away (null)" if given else "none of them"
+            raise ValueError(f"how long it is must be said by one of {', '.join(LENGTHS)}, not by {which}")
+        return self
+
+    @property
+    def length(self) -> str:
+        """How long the stage is, as it was given: ``2,000,000 tokens``."""
+        name = next(name for name in reversed(LENGTHS) if getattr(self, name) is not None)
+        value = getattr(self, name)
+        number = f"{value:g}" if isinstance(value, float) else f"{value:,}"
+        return f"{number} {name if value != 1 else name.removesuffix('s')}"
+
+    @property
+    def num_steps(self) -> int:
+        """The number of steps, where it is given or was worked out (`training/length.py`)."""
+        assert self.steps is not None, f"how many steps {self.length} are is not worked out yet"
+        return self.steps
 
 
 class DiscriminatorConfig(_Strict):
@@ -125,6 +153,12 @@ class TowerStageConfig(StageConfig):
     adversarial_limit: float = Field(1e4, gt=0, description="largest adaptive weight")
     discriminator: DiscriminatorConfig = Field(default_factory=DiscriminatorConfig)
     discriminator_optimizer: DiscriminatorOptimizerConfig = Field(default_factory=DiscriminatorOptimizerConfig)
+
+    @model_validator(mode="after")
+    def _counts_no_tokens(self) -> TowerStageConfig:
+        if self.tokens is not None:
+            raise ValueError(f"tokens {self.tokens} are counted in pretrain and sft only: give steps or epochs here")
+        return self
 
 
 class LoraConfig(_Strict):
@@ -191,6 +225,16 @@ class DataConfig(_Strict):
     objects: int = Field(48, ge=4, le=48)
     styles: list[str] = Field(default_factory=lambda: ["noto"])
 
+    @model_validator(mode="after")
+    def _is_the_world_of_its_sources(self) -> DataConfig:
+        """Sources of format nano have this world, objects and styles where they name none of their own."""
+        for source in (*self.sources, *self.validation):
+            if isinstance(source, NanoConfig):
+                world = {"path": self.world or "", "objects": self.objects, "styles": list(self.styles)}
+                for name in world.keys() - source.model_fields_set:
+                    setattr(source, name, world[name])
+        return self
+
 
 class SamplesConfig(_Strict):
     """What a language stage shows of itself at intervals; sensible prompts and pictures of the data if all is empty."""
@@ -230,12 +274,33 @@ class TrainConfig(_Strict):
     validation_extractor: str = Field("judge", description="features of the Fréchet distance: judge, or TorchScript")
     keep_checkpoints: int = Field(2, ge=2)
 
+    @model_validator(mode="after")
+    def _moves_objects_in_one_place(self) -> TrainConfig:
+        for name, stage in self.stages.items():
+            if self.data.sources and isinstance(stage, LanguageStageConfig) and stage.jitter:
+                raise ValueError(
+                    f"stages.{name}.jitter {stage.jitter:g} has no effect with data.sources: give it to a source of "
+                    "format nano, and set this one to 0"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _knows_its_epochs(self) -> TrainConfig:
+        for name, stage in self.stages.items():
+            if not self.data.sources and isinstance(stage, StageConfig) and stage.epochs is not None:
+                raise ValueError(
+                    f"stages.{name}.epochs {stage.epochs:g}: the nano world has no end where it is not a source; give "
+                    "steps, or name it under data.sources ({format: nano, samples: 100000})"
+                )
+        return self
+
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
     """Read a YAML configuration and apply dotted overrides such as ``stages.sft.steps=100``.
 
     A file with the key ``base`` names another one, relative to itself, that it changes: groups are merged key by key,
-    lists and values replaced, and ``null`` takes a key of the base away.
+    lists and values replaced, and ``null`` takes a key of the base away. Of `steps`, `epochs` and `tokens` of a stage
+    the one that is said last counts: in the file rather than in its base, and in the last override.
 
     Raises:
         ValueError: unreadable file, wrong key (the nearest right one is named) or a value out of range.
@@ -271,12 +336,14 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
 
 def _merged(base: dict[str, Any], changes: dict[str, Any], path: Path, where: str = "") -> dict[str, Any]:
     result = {**base}
+    if where.startswith("stages.") and where.count(".") == 2 and any(changes.get(name) is not None for name in LENGTHS):
+        result = {key: value for key, value in base.items() if key not in LENGTHS}
     for key, value in changes.items():
         name = f"{where}{key}"
         if value is None:
             if key not in base:
                 raise ValueError(f"{path}: null takes {name!r} away, but its base has no such key")
-            del result[key]
+            result.pop(key, None)
         elif isinstance(value, dict) and isinstance(base.get(key), dict):
             result[key] = _merged(base[key], value, path, f"{name}.")
         else:
@@ -303,6 +370,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         node[parts[-1]] = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ValueError(f"override {override!r}: the value is not valid YAML") from error
+    if parts[0] == "stages" and len(parts) == 3 and parts[2] in LENGTHS and node[parts[2]] is not None:
+        for name in set(LENGTHS) - {parts[2]}:
+            node.pop(name, None)
 
 
 def _explain(item: Any) -> str:
@@ -312,6 +382,8 @@ def _explain(item: Any) -> str:
     if item["type"] == "union_tag_invalid":
         near = difflib.get_close_matches(str(item["ctx"]["tag"]), format_names(), 1, 0.0)
         return f"{where}.format: there is no format {item['ctx']['tag']!r}; did you mean {near[0]!r}?"
+    if item["type"] == "value_error" and isinstance(item["input"], dict | BaseModel):  # of a group of keys
+        return ": ".join(filter(None, (where, str(item["ctx"]["error"]))))
     if item["type"] != "extra_forbidden":
         return (
             f"{where}: {item['msg'].lower()} (got {item['input']!r})"

@@ -134,7 +134,7 @@ class Engine:
             "stage": self.stage.name,
             "seed": self.options.seed,
             "batch_size": config.batch_size,
-            "steps": config.steps,
+            "steps": config.num_steps,
         }
 
     def _memory(self) -> dict[str, Any]:
@@ -161,7 +161,7 @@ class Engine:
         logger.info("%s: resuming after step %d from %s", self.stage.name, self.step, path.name)
 
     def _loop(self) -> None:
-        total, options = self.stage.config.steps, self.options
+        total, options = self.stage.config.num_steps, self.options
         log = MetricLog(
             options.folder,
             self.stage.name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -69,24 +69,12 @@ class LanguageStage(Stage):
 
     def make_batch(self, step: int, rank: int, world_size: int) -> Batch:
         numbers = local_numbers(step, self.config.batch_size, rank, world_size)
-        encoded = [self._read(number) for number in numbers]
+        encoded = [read_encoded(self.source, number, self._encode) for number in numbers]
         return collate(encoded, self.config.row_length, int(self.processor.tokenizer.pad_token_id))
 
-    def _read(self, number: int) -> EncodedSample:
-        """A sample ready to pack; where the source can, one that cannot be used or never fits gives way to another."""
-        draw = getattr(self.source, "draw", None)
-        return self._encode(self.source[number]) if draw is None else draw(number, self._encode)
-
     def _encode(self, sample: Sample) -> EncodedSample:
-        return encode_sample(
-            sample,
-            self.processor.tokenizer,
-            self.processor.template,
-            self.model.config.vision_config.num_positions,
-            drop_text=drops_text(self.seed, sample.id, self.config.text_dropout),
-            supervise=self.config.supervise,
-            max_length=self.config.row_length,
-        )
+        positions = self.model.config.vision_config.num_positions
+        return encode_for_stage(sample, self.config, self.processor, positions, self.seed)
 
     def sharded_blocks(self) -> list[nn.Module]:
         return list(self.model.language_model.base_model.layers)
@@ -163,6 +151,27 @@ class LanguageStage(Stage):
             self.adapters.save(folder / "adapter")
             self.model.save_pretrained(folder, state_dict=self.adapters.merged_state(self.model))
         self.processor.save_pretrained(folder)
+
+
+def read_encoded(source: SampleSource, number: int, encode: Callable[[Sample], EncodedSample]) -> EncodedSample:
+    """Return a sample ready to pack; where the source can, one that cannot be used or never fits gives way."""
+    draw = getattr(source, "draw", None)
+    return encode(source[number]) if draw is None else draw(number, encode)
+
+
+def encode_for_stage(
+    sample: Sample, config: LanguageStageConfig, processor: Any, positions_per_frame: int, seed: int
+) -> EncodedSample:
+    """Return a sample as a stage trains on it; ``BadSample`` where it never fits into a row."""
+    return encode_sample(
+        sample,
+        processor.tokenizer,
+        processor.template,
+        positions_per_frame,
+        drop_text=drops_text(seed, sample.id, config.text_dropout),
+        supervise=config.supervise,
+        max_length=config.row_length,
+    )
 
 
 def drops_text(seed: int, sample_id: str, share: float) -> bool:

@@ -56,6 +56,7 @@ class MetricLog:
         self.reported = start
         self.pending: list[Mapping[str, tuple[Any, Any]]] = []
         self.work: dict[str, float] = {}
+        self.tokens = 0.0
         self.since = self.begun = time.perf_counter()
         self.means: dict[str, float] = {}
         self.progress: Progress | None = None
@@ -104,6 +105,7 @@ class MetricLog:
     def report(self, step: int, lr: float) -> None:
         """Write the averages of all processes since the last report and start anew; every process must call this."""
         sums, work = _over_ranks(self.pending, self.work)
+        self.tokens += work.get("tokens", 0.0)
         wall = time.perf_counter() - self.since
         self.means = {name: total / count for name, (total, count) in sums.items() if count}
         rates = {f"{name}_per_second": amount / wall for name, amount in work.items() if name != _FLOPS}
@@ -136,13 +138,14 @@ class MetricLog:
         self.lines.flush()
 
     def summarise(self, remarks: Sequence[str] = ()) -> None:
-        """Say at the end of a stage how long it took, what the last figures were, and the remarks."""
+        """Say at the end of a stage what this call did in which time, what the last figures were, and the remarks."""
         if not self.show:
             return
         taken = _span(time.perf_counter() - self.begun)
         figures = ", ".join(f"{n} {value:.4g}" for n, value in sorted(self.means.items()) if "/" not in n)
         done = self.reported - self.start
-        self._tell(f"{self.stage}: {done} steps in {taken}; {figures}")
+        tokens = f", {self.tokens:,.0f} tokens" if self.tokens else ""
+        self._tell(f"{self.stage}: {done} steps{tokens} in {taken}; {figures}")
         for line in remarks:
             self._tell(line)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from vilau.data.feed import SampleFeed
 from vilau.data.mixture import Entry
 from vilau.data.nano.dataset import NanoDataset
 from vilau.data.sample import Sample
+from vilau.data.sources.nano import NanoConfig
 from vilau.modeling.vila_u import VilaUModel
 from vilau.modeling.vision_tower import VisionTower
 from vilau.shipped import MODEL_TYPE, model_type
@@ -28,8 +30,6 @@ from vilau.training.config import STAGE_ORDER, LanguageStageConfig, StageName, T
 from vilau.training.data import build_nano_samples, build_samples, open_sources, stage_seed
 from vilau.training.language_init import starting_folder
 from vilau.training.vision_tower import to_pixel_values
-
-_NOT_CONTENT = {"weight", "epochs", "forms", "name"}  # of a source's configuration
 
 
 @dataclass(frozen=True)
@@ -90,19 +90,22 @@ def plan_codes(config: TrainConfig, name: StageName, tower: VisionTower, num_fra
     size, digest = int(vision.image_size), tower_digest(tower, decoder=False)
 
     def info(data: Any, samples: int, variants: int) -> StoreInfo:
-        facts = json.dumps([size, num_frames, data], sort_keys=True, default=str)
-        data_digest = hashlib.sha256(facts.encode()).hexdigest()
         shape = (int(vision.num_positions), int(vision.depth), int(vision.codebook_size))
-        return StoreInfo(data_digest, digest, *shape, samples, variants)
+        return StoreInfo(_data_digest(size, num_frames, data), digest, *shape, samples, variants)
 
     if not config.data.sources:
+        if settings.steps is None:
+            raise ValueError(
+                f"how many samples of the nano world {settings.length} are is known when stage {name} starts: say "
+                f"stages.{name}.steps=N here, or name the nano world under data.sources, where it has a length"
+            )
         dataset = build_nano_samples(config, name, size, num_frames)
         world = [config.data.world, config.data.objects, config.data.styles]
         facts = [world, dict(settings.mixture), settings.jitter, stage_seed(config, name)]
         return [CodePlan(out / "nano", info(facts, len(dataset), 1), _squares_of(dataset.__getitem__))]
-    described = {source.label: source.model_dump(mode="json", exclude=_NOT_CONTENT) for source in config.data.sources}
+    described = {source.label: source.content() for source in config.data.sources}
     plans = []
-    for entry in open_sources(config, num_frames, settings.mixture, f"stages.{name}.mixture"):
+    for entry in open_sources(config, size, num_frames, settings.mixture, f"stages.{name}.mixture"):
         source, both = entry.source, entry.forms is not None
         held = info(described[source.name], len(source), 1 + both)
         plans.append(CodePlan(_folder(out, source.name), held, SquareReader(source, size, both)))
@@ -114,6 +117,8 @@ def build_stage_samples(
 ) -> NanoDataset | SampleFeed | CodeStore:
     """Return what a language stage reads: samples with pixels or, where `codes` is set, with codes for them.
 
+    Before the stage's steps are known, this is for measuring: the nano world comes with pixels, and without end.
+
     Raises:
         ValueError: a source or its codes cannot be read, or were made by another tower.
     """
@@ -122,12 +127,17 @@ def build_stage_samples(
     size, num_frames = int(tower.config.image_size), int(model.config.num_frames)
     folder = None if settings.codes is None else Path(settings.codes)
     if not config.data.sources:
-        if folder is None:
+        if folder is None or settings.steps is None:
             return build_nano_samples(config, name, size, num_frames)
         return coded_nano(plan_codes(config, name, tower, num_frames, folder)[0])
     if folder is None:
         return build_samples(config, name, size, num_frames)
-    return build_samples(config, name, size, num_frames, lambda entries: coded_entries(entries, folder, tower))
+    drawn = {
+        source.label: _data_digest(size, num_frames, source.content())
+        for source in config.data.sources
+        if isinstance(source, NanoConfig)
+    }
+    return build_samples(config, name, size, num_frames, lambda entries: coded_entries(entries, folder, tower, drawn))
 
 
 def make_codes(
@@ -152,8 +162,12 @@ def check_codes(plan: CodePlan, encode: Encode, share: float) -> int:
     return verify(CodeStore(plan.folder), plan.read, encode, range(0, plan.info.samples, step))
 
 
-def coded_entries(entries: list[Entry], folder: Path, tower: VisionTower) -> list[Entry]:
+def coded_entries(
+    entries: list[Entry], folder: Path, tower: VisionTower, drawn: Mapping[str, str] = MappingProxyType({})
+) -> list[Entry]:
     """Return the parts of a mixture with their codes from `folder` for pixels.
+
+    drawn: name -> digest of the settings of sources whose samples follow from these alone.
 
     Raises:
         ValueError: codes are missing, were made by another tower, or hold pictures in one way where two are needed.
@@ -163,6 +177,11 @@ def coded_entries(entries: list[Entry], folder: Path, tower: VisionTower) -> lis
     for entry in entries:
         source = CodedSource(entry.source, _folder(folder, entry.source.name))
         _check_tower(source.store, digest)
+        if drawn.get(source.name, source.store.info.data) != source.store.info.data:
+            raise ValueError(
+                f"{source.store.folder} holds other samples than source {source.name!r} now gives (other forms, seed, "
+                "objects, styles, jitter or image size); run `vilau data codes` into a new folder"
+            )
         if entry.forms is not None and source.store.info.variants == 1:
             raise ValueError(
                 f"{source.store.folder} was made without `forms` for source {source.name!r}, so its pictures are there "
@@ -190,6 +209,12 @@ def coded_nano(plan: CodePlan) -> CodeStore:
             f"{plan.folder} holds {len(store)} samples, the stage reads {plan.info.samples}; make the codes anew"
         )
     return store
+
+
+def _data_digest(size: int, num_frames: int, data: Any) -> str:
+    """SHA-256 of what decides about the samples of a store."""
+    facts = json.dumps([size, num_frames, data], sort_keys=True, default=str)
+    return hashlib.sha256(facts.encode()).hexdigest()
 
 
 def _check_tower(store: CodeStore, digest: str) -> None:

@@ -11,12 +11,23 @@ from pathlib import Path
 
 import torch
 
+from vilau.data.feed import SampleFeed
+from vilau.data.sample import Sample
+from vilau.processing.encode import EncodedSample
 from vilau.training import parallel
-from vilau.training.config import STAGE_ORDER, LanguageStageConfig, StageName, TowerStageConfig, TrainConfig
-from vilau.training.data import build_pairs, load_tokenizer, stage_seed
+from vilau.training.config import (
+    STAGE_ORDER,
+    LanguageStageConfig,
+    StageConfig,
+    StageName,
+    TowerStageConfig,
+    TrainConfig,
+)
+from vilau.training.data import build_pairs, count_samples, load_tokenizer, stage_seed
 from vilau.training.engine import Engine, EngineOptions, SampleHook, ValidationHook, is_finished
-from vilau.training.language import LanguageStage
-from vilau.training.language_init import starting_folder, starting_model
+from vilau.training.language import LanguageStage, encode_for_stage, read_encoded
+from vilau.training.language_init import StartingModel, starting_folder, starting_model
+from vilau.training.length import Length, kept_steps, settle_length, steps_of_epochs, steps_of_tokens
 from vilau.training.model_config import build_config
 from vilau.training.precompute import build_stage_samples
 from vilau.training.stage import Stage
@@ -61,7 +72,7 @@ def run(config: TrainConfig, hooks: Hooks = Hooks(), show_progress: bool = True)
             for name in names:
                 if is_finished(output / name):
                     result = output / name / "final"
-                    _say_finished(name, result, config.stages[name].steps)
+                    _say_finished(name, result, config.stages[name])
                     continue
                 torch.manual_seed(config.seed)
                 seed = stage_seed(config, name)
@@ -94,18 +105,19 @@ def run(config: TrainConfig, hooks: Hooks = Hooks(), show_progress: bool = True)
     return result
 
 
-def _say_finished(name: StageName, result: Path, steps: int) -> None:
+def _say_finished(name: StageName, result: Path, settings: StageConfig) -> None:
     """Say that a stage is left as it is, and so if the configuration now asks for more or fewer steps."""
-    taken = json.loads((result / "training.json").read_text(encoding="utf-8")).get("steps", steps)
-    if taken == steps:
+    wanted = settings.steps if settings.steps is not None else kept_steps(result.parent, settings)
+    taken = json.loads((result / "training.json").read_text(encoding="utf-8")).get("steps", wanted)
+    if taken == wanted:
         logger.info("%s is finished already", name)
         return
     logger.warning(
-        "%s is finished already, with %d steps: %d steps have no effect; train into another output folder, or remove "
+        "%s is finished already, with %d steps: %s have no effect; train into another output folder, or remove "
         "%s to go on from its last checkpoint",
         name,
         taken,
-        steps,
+        settings.length,
         result,
     )
 
@@ -132,18 +144,44 @@ def _tower_stage(config: TrainConfig, name: StageName, settings: TowerStageConfi
             "network's distances, little more than pixels; use 'lpips' or 'none' to start from scratch",
             name,
         )
-    pictures = build_pairs(config, name, tower.config.image_size, seed)
+    size = int(tower.config.image_size)
+    config = settle_length(config, name, lambda: steps_of_epochs(settings, count_samples(config, name, size)))
+    settled = config.stages[name]
+    assert isinstance(settled, TowerStageConfig)
+    pictures = build_pairs(config, name, size, seed)
     text = tower.config.text_encoder_config
     length = text.max_position_embeddings if text is not None else 1
-    return TowerStage(name, settings, tower, pictures, start.tokenizer, length, seed)
+    return TowerStage(name, settled, tower, pictures, start.tokenizer, length, seed)
 
 
 def _language_stage(
     config: TrainConfig, name: StageName, settings: LanguageStageConfig, folder: Path | None
 ) -> LanguageStage:
     start = starting_model(config, settings, folder)
+    config = settle_length(config, name, lambda: _language_length(config, name, settings, start))
+    settled = config.stages[name]
+    assert isinstance(settled, LanguageStageConfig)
     samples = build_stage_samples(config, name, start.model)
-    return LanguageStage(name, settings, start.model, samples, start.processor, stage_seed(config, name))
+    return LanguageStage(name, settled, start.model, samples, start.processor, stage_seed(config, name))
+
+
+def _language_length(
+    config: TrainConfig, name: StageName, settings: LanguageStageConfig, start: StartingModel
+) -> Length:
+    """Work out the steps of a language stage from its epochs, or from its tokens by measuring some of its samples."""
+    vision, seed = start.model.config.vision_config, stage_seed(config, name)
+    if settings.epochs is not None:
+        size = int(start.model.vision_tower.config.image_size)
+        return steps_of_epochs(settings, count_samples(config, name, size, int(start.model.config.num_frames)))
+    samples = build_stage_samples(config, name, start.model)
+
+    def encode(sample: Sample) -> EncodedSample:
+        return encode_for_stage(sample, settings, start.processor, vision.num_positions, seed)
+
+    total = samples.mixture.total if isinstance(samples, SampleFeed) else None
+    return steps_of_tokens(
+        settings, lambda number: len(read_encoded(samples, number, encode)), total, settings.row_length, seed
+    )
 
 
 def _bind(on_step: Callable[[str, int], None] | None, name: str) -> Callable[[int], None] | None:

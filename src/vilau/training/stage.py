@@ -63,7 +63,7 @@ class Stage(ABC):
 
     def set_learning_rates(self, optimizers: list[torch.optim.Optimizer], step: int) -> None:
         """Set the learning rates of a 0-based step."""
-        set_lr(optimizers, lr_share(step, self.config.steps, self.config.optimizer))
+        set_lr(optimizers, lr_share(step, self.config.num_steps, self.config.optimizer))
 
     def clip_groups(self, optimizers: list[torch.optim.Optimizer]) -> list[ClipGroup]:
         """Return which gradients are clipped together; every parameter of the optimizers is in one group."""

@@ -132,7 +132,7 @@ class TowerStage(Stage):
         drawing, judging = self._split(optimizers)
         super().set_learning_rates(drawing, step)
         start = self.config.adversarial_start
-        since, left = max(0, step - start), max(1, self.config.steps - start)
+        since, left = max(0, step - start), max(1, self.config.num_steps - start)
         set_lr(judging, lr_share(since, left, self.config.discriminator_optimizer))
 
     def clip_groups(self, optimizers: list[torch.optim.Optimizer]) -> list[ClipGroup]:

@@ -16,6 +16,7 @@ from .generation import GenerationConfig
 from .llava import LlavaConfig
 from .messages import MessagesConfig
 from .mmc4 import Mmc4Config
+from .nano import NanoConfig
 from .openvid import OpenVidConfig
 from .parquet import ParquetConfig
 from .source import SourceConfig
@@ -23,6 +24,7 @@ from .video_json import VideoJsonConfig
 from .webdataset import WebdatasetConfig
 
 FORMATS: tuple[type[SourceConfig], ...] = (
+    NanoConfig,
     GenerationConfig,
     WebdatasetConfig,
     MessagesConfig,

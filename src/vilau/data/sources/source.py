@@ -68,6 +68,8 @@ class ReadOptions:
     max_pixels: of one picture; a larger one is a bad sample of kind ``too_large``.
     cache: folder for indices; beside the data if absent, in the user's cache where that cannot be written.
     needs_captions: whether a picture without a caption is a bad sample; otherwise its caption is empty.
+    image_size: side of the model's square, for sources that draw their pictures.
+    held_out: for validation: sources that draw their pictures show what they never show in training.
     """
 
     num_frames: int = 8
@@ -75,6 +77,8 @@ class ReadOptions:
     video_limits: VideoLimits = field(default_factory=VideoLimits)
     cache: Path | None = None
     needs_captions: bool = True
+    image_size: int = 256
+    held_out: bool = False
 
 
 class Source(Protocol):
@@ -141,6 +145,15 @@ class SourceConfig(BaseModel, ABC):
     def label(self) -> str:
         """The source's name: ``name``, or the last part of the path."""
         return self.name or Path(self.path).name or self.path
+
+    @property
+    def ways_round(self) -> Mapping[str, float] | None:
+        """How a mixture turns this source's pairs round: image_text, text_image -> share; as read if None."""
+        return self.forms
+
+    def content(self) -> dict[str, Any]:
+        """Return the fields that decide what a sample is, and not how often or in which order it is read."""
+        return self.model_dump(mode="json", exclude={"weight", "epochs", "forms", "name"})
 
 
 class OpenFiles:
