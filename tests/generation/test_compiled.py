@@ -12,6 +12,8 @@ from vilau.generation import compiled
 from vilau.generation.compiled import CompiledStep, compiled_step, missing_compiler, visual_step
 from vilau.generation.position import Networks, VisualStep
 from vilau.generation.visual import run_codes
+from vilau.modeling import int8 as int8_layers
+from vilau.modeling.int8 import packing_works
 
 EMPTY = torch.tensor([[1, 3, 36]])
 
@@ -42,11 +44,20 @@ def small(make_model: Callable[..., Any]) -> Any:
     return make_model(text={"num_hidden_layers": 1}, depths={"num_hidden_layers": 1})
 
 
-def test_a_position_is_one_graph(make_model: Callable[..., Any]) -> None:
-    """The whole position is traced once, without a break, and never again for later positions; codes are equal."""
+@pytest.mark.parametrize(("int8", "exact"), [(False, True), (True, True), (True, False)])
+def test_a_position_is_one_graph(
+    make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, int8: bool, exact: bool
+) -> None:
+    """The whole position is traced once, without a break, and never again for later positions; codes are equal.
+
+    exact: whether oneDNN's integer product is; compiled code must not use it where it is not.
+    """
+    monkeypatch.setattr(int8_layers, "_packing_works", lambda: exact)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = small(make_model)
+    if int8:
+        model.quantize("int8")
     request = request_of(model, 2, seed=9, guidance_scale=2.0)
     step = CompiledStep(Networks.of(model), backend="eager")
     assert torch.equal(run_codes(step, request), run_codes(VisualStep(Networks.of(model)), request))
@@ -56,14 +67,22 @@ def test_a_position_is_one_graph(make_model: Callable[..., Any]) -> None:
 
 @pytest.mark.long
 @pytest.mark.skipif(missing_compiler() is not None, reason=f"no compiler: {missing_compiler()}")
-def test_compiled_equals_eager(make_model: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("int8", [False, True])
+def test_compiled_equals_eager(make_model: Callable[..., Any], int8: bool) -> None:
     """One compiled function per position draws what the eager step draws; its code is kept with the model."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     model = small(make_model)
+    if int8:
+        model.quantize("int8")
     request = request_of(model, 2, seed=9, guidance_scale=2.0)
     eager = run_codes(VisualStep(Networks.of(model)), request)
     step = visual_step(model, 4, compile=True)
     assert isinstance(step, CompiledStep)
     assert torch.equal(run_codes(step, request), eager)
+    depth = model.config.vision_config.depth  # joined: 4 of 7 products of a layer, 4 of 6 of a block; 2 around them
+    products = torch._dynamo.utils.counters["inductor"]["qlinear_weight_prepack_matcher_count"]
+    assert products == (4 + depth * (4 + 2) if int8 and packing_works() else 0)
     assert visual_step(model, 4, compile=True) is step
     with torch.no_grad():
         model.depth_transformer.head.weight.mul_(2)

@@ -94,9 +94,14 @@ def packed_product(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -
     )
 
 
-@lru_cache(maxsize=1)
+@torch.compiler.assume_constant_result
 def packing_works() -> bool:
     """Whether oneDNN's product is there and exact: on processors without VNNI its sums of pairs overflow."""
+    return _packing_works()
+
+
+@lru_cache(maxsize=1)
+def _packing_works() -> bool:
     x = torch.full((2, 64), LARGEST, dtype=torch.int8)
     weight = torch.full((32, 64), -LARGEST, dtype=torch.int8)
     try:
@@ -166,7 +171,7 @@ class JointProduct:
 
     def _all(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """Return what each of the layers makes of ``x``."""
-        if torch.compiler.is_compiling() and x.device.type == "cpu":
+        if torch.compiler.is_compiling() and x.device.type == "cpu" and packing_works():
             out = _compilable_product(self.layers, x)
         elif (whole := self.whole()) is not None:
             codes, row_scale = quantize_rows(_rows(x))
@@ -180,7 +185,7 @@ class JointProduct:
     def whole(self) -> _Whole | None:
         """Return the weights as one in oneDNN's layout, made when they have changed; ``None`` where it is not used."""
         layers = self.layers
-        if layers[0]._buffers["scale"].device.type != "cpu" or not packing_works():  # type: ignore[union-attr]
+        if torch.compiler.is_compiling() or layers[0].scale.device.type != "cpu" or not packing_works():
             return None
         marks = [mark for layer in layers for mark in _marks(layer)]
         if self._kept is None or self._kept[0] != marks:
