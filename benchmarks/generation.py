@@ -8,6 +8,7 @@ Writes generation.json, generation-tables.md and generation-*.svg into the folde
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -20,6 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads that spin
 
 import torch
 from torch import nn
+from transformers import AutoModel
 
 from vilau.cli.bench import table
 from vilau.evaluation.generation_speed import (
@@ -30,8 +32,9 @@ from vilau.evaluation.generation_speed import (
     time_positions,
 )
 from vilau.evaluation.machine import Probe, machine_name
-from vilau.generation.position import Networks, VisualState, VisualStep
-from vilau.generation.prepared import PackedLinear, prepare
+from vilau.generation.position import Networks, SlotLanguage, VisualState, VisualStep
+from vilau.generation.prepared import PackedLinear, prepare, replaced
+from vilau.generation.visual import begin
 from vilau.modeling.depth_transformer import DepthTransformer
 
 CPU = torch.device("cpu")
@@ -77,61 +80,87 @@ def alternating(works: dict[str, Callable[[], Any]], repeat: int) -> dict[str, f
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-@torch.no_grad()
-def alternatives(model: Any, pictures: int, repeat: int) -> dict[str, float]:
-    """Processor milliseconds of one position's language model step, depth loops, and what could replace the latter.
+def layers_for(model: Any, heads: int) -> int:
+    """Return how many layers a language model with ``heads`` heads over the codes has for the weights of the model.
 
-    `cached`, `recomputed`: the depth transformer. `flattened`: D steps of the language model, each with a head over
-    the codes, in place of one step and a depth transformer. `parallel`: D heads side by side on the hidden state.
+    The weights are those of the language model's body and the depth transformer with its head; embeddings and text
+    head are left out on both sides. Less than one if the heads alone have more.
+    """
+    layers = model.language_model.base_model.layers
+    layer, depth = (sum(p.numel() for p in part.parameters()) for part in (layers[0], model.depth_transformer))
+    head = model.config.vision_config.codebook_size * model.config.text_config.hidden_size
+    return len(layers) + round((depth - heads * head) / layer)
+
+
+def language_of(model: Any, layers: int, rows: int) -> Any:
+    """Return a language model of this one's sizes with ``layers`` layers of random weights, laid out for rows."""
+    config = copy.deepcopy(model.config.text_config)
+    config.num_hidden_layers = layers
+    torch.manual_seed(1)
+    language = AutoModel.from_config(config, attn_implementation="sdpa").eval()
+    return replaced(language, lambda linear: PackedLinear(linear, KERNEL, rows))
+
+
+def repeatable(language: SlotLanguage, hidden: torch.Tensor, steps: int, head: nn.Module) -> Callable[[], None]:
+    """Return what runs so many steps of a language model, each with a head, and puts its cache back."""
+
+    def work() -> None:
+        for _ in range(steps):
+            head(language.advance(hidden))
+        language.cache.lengths -= steps
+        language.filled -= steps
+
+    return work
+
+
+@torch.no_grad()
+def alternatives(model: Any, pictures: int, repeat: int) -> dict[str, Any]:
+    """Processor milliseconds of one position's language model step and depth loops, and of what could replace both.
+
+    `cached`, `recomputed`: the depth transformer, beside `lm`, the step of the language model. The others are whole
+    positions of models without one that have as many weights, which makes their language models larger.
+    `flattened`: D steps, each with a head over the codes. `parallel`: one step and D heads side by side; None where
+    the heads alone have more weights.
     """
     request = bench_request(model, pictures, 32, 3.0, 64)
     rows = len(request.prompts.rows)
     networks = prepare(model, rows, KERNEL)
-    from vilau.generation.visual import begin
-
     begun = begin(networks, request)
-    state, language, hidden = begun.state, begun.language, begun.hidden
-    depth, width = networks.quantizer.depth, hidden.shape[1]
-    heads = PackedLinear(nn.Linear(width, depth * networks.quantizer.codebook_size), KERNEL, rows)
-    head = PackedLinear(nn.Linear(width, networks.quantizer.codebook_size), KERNEL, rows)
+    state, hidden = begun.state, begun.hidden
+    assert isinstance(begun.language, SlotLanguage)
+    depth, codes = networks.quantizer.depth, networks.quantizer.codebook_size
     cached, recomputed = VisualStep(networks), RecomputedDepth(networks)
-
-    def flattened() -> None:
-        for _ in range(depth):
-            head(language.advance(hidden))
-        language.cache.lengths -= depth
-        language.filled -= depth
-
-    def one() -> None:
-        language.advance(hidden)
-        language.cache.lengths -= 1
-        language.filled -= 1
-
-    return alternating(
-        {
-            "lm": one,
-            "cached": lambda: depth_of(cached, state, hidden),
-            "recomputed": lambda: depth_of(recomputed, state, hidden),
-            "flattened": flattened,
-            "parallel": lambda: heads(hidden),
-        },
-        repeat,
-    )
+    works: dict[str, Callable[[], Any]] = {
+        "lm": repeatable(begun.language, hidden, 1, nn.Identity()),
+        "cached": lambda: depth_of(cached, state, hidden),
+        "recomputed": lambda: depth_of(recomputed, state, hidden),
+    }
+    layers: dict[str, int] = {}
+    for name, heads, steps in (("flattened", 1, depth), ("parallel", depth, 1)):
+        layers[name] = layers_for(model, heads)
+        if layers[name] > 0:
+            head = PackedLinear(nn.Linear(hidden.shape[1], heads * codes), KERNEL, rows)
+            language, _ = SlotLanguage.read(language_of(model, layers[name], rows), request.prompts, 64)
+            works[name] = repeatable(language, hidden, steps, head)
+    return dict.fromkeys(layers) | alternating(works, repeat) | {"layers": layers}
 
 
 def alternatives_table(found: list[dict[str, Any]]) -> str:
     """Markdown of `alternatives`, with whole positions."""
     lines = [
         "| D | pictures | LM step | depth cached | depth recomputed | position cached | position recomputed | gain | "
-        "flattened | parallel heads |",
+        "flattened (layers) | parallel heads (layers) |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in found:
         cached, again = row["lm"] + row["cached"], row["lm"] + row["recomputed"]
+        others = [
+            f"{row[name]:.0f} ({row['layers'][name]})" if row[name] is not None else ""
+            for name in ("flattened", "parallel")
+        ]
         lines.append(
             f"| {row['depth']} | {row['pictures']} | {row['lm']:.0f} | {row['cached']:.0f} | {row['recomputed']:.0f} "
-            f"| {cached:.0f} | {again:.0f} | {again / cached:.2f} | {row['flattened']:.0f} "
-            f"| {row['lm'] + row['parallel']:.0f} |"
+            f"| {cached:.0f} | {again:.0f} | {again / cached:.2f} | {' | '.join(others)} |"
         )
     return "\n".join(lines)
 
@@ -234,10 +263,11 @@ def write(result: dict[str, Any], out: Path) -> None:
             for name, value in (
                 ("depth transformer, cached", row["lm"] + row["cached"]),
                 ("depth transformer, recomputed", row["lm"] + row["recomputed"]),
-                ("flattened sequence", row["flattened"]),
-                ("parallel heads", row["lm"] + row["parallel"]),
+                ("flattened sequence, as many weights", row["flattened"]),
+                ("parallel heads, as many weights", row["parallel"]),
             ):
-                depth.setdefault(name, []).append((row["depth"], value))
+                if value is not None:
+                    depth.setdefault(name, []).append((row["depth"], value))
     (out / "generation-depth.svg").write_text(svg("ms of a position, 1 picture", "residual depth D", depth))
 
 
