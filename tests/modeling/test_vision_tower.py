@@ -84,6 +84,18 @@ def test_encode_is_the_codes_of_forward(make_tower: Callable[..., VisionTower]) 
     assert torch.equal(codes[1:2], tower.encode(pictures()[1:2]))
 
 
+def test_large_maps_are_drawn_alike_alone_and_together(make_tower: Callable[..., VisionTower]) -> None:
+    """Weights laid out anew for maps of 16 x 16 draw the same picture, a frame alone as in its film, bit for bit."""
+    tower = make_tower(latent_size=16, decoder_multipliers=[1]).eval()
+    codes = torch.randint(0, tower.config.codebook_size, (3, tower.config.num_positions, tower.config.depth))
+    assert tower._channels_last_weights()["conv_in.weight"].is_contiguous(memory_format=torch.channels_last)
+    drawn = tower.decode(codes)
+    assert torch.equal(torch.cat([tower.decode(one) for one in codes.split(1)]), drawn)
+    plain = tower.decode_features(tower.quantizer.z_q(codes)).clamp(-1, 1)
+    torch.testing.assert_close(drawn, plain, rtol=1e-4, atol=1e-5)
+    assert tower.pixel_decoder.conv_in.weight.is_contiguous()
+
+
 def test_decode_draws_what_the_codes_say(make_tower: Callable[..., VisionTower]) -> None:
     """Codes -> z_q -> pixels in [-1, 1], in chunks of any size, positions in row-major order."""
     tower = make_tower()

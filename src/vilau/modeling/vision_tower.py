@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import PreTrainedModel, SiglipTextModel, SiglipVisionConfig, SiglipVisionModel
 
@@ -13,6 +14,8 @@ from vilau.configuration import VisionTowerConfig
 from vilau.modeling.pixel_decoder import PixelDecoder
 from vilau.modeling.pixel_encoder import PixelEncoder
 from vilau.modeling.quantizer import build_quantizer
+
+_LARGE_MAP = 256  # places of a latent map from which on weights laid out anew are worth their copying
 
 
 @dataclass(frozen=True)
@@ -213,8 +216,12 @@ class VisionTower(PreTrainedModel):
 
     def decode_features(self, z_q: torch.Tensor) -> torch.Tensor:
         """Return pixels ``(I, 3, S, S)``, not clamped, of quantised features ``z_q`` (I, P, C)."""
-        z_q = z_q.to(self.pixel_decoder.conv_in.weight.dtype)
-        return self.pixel_decoder(z_q.transpose(1, 2).unflatten(2, (-1, self.config.grid)))
+        return self._drawn(z_q, {})
+
+    def _drawn(self, z_q: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        """As `decode_features`, with these weights in place of the decoder's own of the same names."""
+        latent = z_q.to(self.pixel_decoder.conv_in.weight.dtype).transpose(1, 2).unflatten(2, (-1, self.config.grid))
+        return functional_call(self.pixel_decoder, weights, (latent,)) if weights else self.pixel_decoder(latent)
 
     @torch.no_grad()
     def decode(self, codes: torch.Tensor, chunk: int = 16) -> torch.Tensor:
@@ -222,5 +229,17 @@ class VisionTower(PreTrainedModel):
 
         Codes of the upper rows of the grid alone, ``(I, n, D)`` with n whole rows, give a preview of the upper pixels.
         """
-        parts = [self.decode_features(self.quantizer.z_q(part)) for part in codes.split(chunk)]
+        weights = self._channels_last_weights() if codes.shape[1] == self.config.num_positions else {}
+        parts = [self._drawn(self.quantizer.z_q(part), weights) for part in codes.split(chunk)]
         return torch.cat(parts).clamp(-1, 1)
+
+    def _channels_last_weights(self) -> dict[str, torch.Tensor]:
+        """Return the convolutions' weights laid out for large maps on a CPU, where the copy pays; nothing elsewhere.
+
+        It depends on the tower alone, never on how many pictures are drawn: a frame looks the same alone and in a film.
+        """
+        weight = self.pixel_decoder.conv_in.weight
+        if self.training or weight.device.type != "cpu" or self.pixel_decoder.latent_side**2 < _LARGE_MAP:
+            return {}
+        named = self.pixel_decoder.named_parameters()
+        return {name: p.to(memory_format=torch.channels_last) for name, p in named if p.dim() == 4}
