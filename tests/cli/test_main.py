@@ -23,6 +23,15 @@ def vilau(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
+@pytest.mark.parametrize("group", [[], ["data"], ["bench"], ["experiments"]])
+def test_help_says_in_whole_sentences_what_each_command_does(cli, group: list[str]) -> None:
+    """A list of commands is read in a narrow terminal too: none of its lines is cut."""
+    result = cli(*group, "--help")
+    listed = result.out.split("Commands:")[1].splitlines()
+    assert result.code == 0 and len(listed) > 1
+    assert not [line for line in listed if line.endswith("...")]
+
+
 def test_no_command_shows_help_on_stdout(cli) -> None:
     """A stranger who types `vilau` learns the verbs."""
     result = cli()

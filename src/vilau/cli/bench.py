@@ -29,7 +29,7 @@ def _group() -> None:
     """Keep `generate` a verb of its own however many there are."""
 
 
-@app.command("generate")
+@app.command("generate", short_help="Time positions beside the machine's limits.")
 def generate(
     model: str = typer.Argument(
         "nano",

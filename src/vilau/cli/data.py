@@ -20,13 +20,13 @@ def _group() -> None:
     """Build, look at and check training data."""
 
 
-app.command("inspect")(inspect)
-app.command("check")(check)
-app.command("codes")(codes)
-app.command("convert")(convert)
+app.command("inspect", short_help="Show what is there and what a model would learn.")(inspect)
+app.command("check", short_help="Read everything once and list what is wrong.")(check)
+app.command("codes", short_help="Run the tower over a stage's data once.")(codes)
+app.command("convert", short_help="Turn old pickle shards into safe files.")(convert)
 
 
-@app.command("nano")
+@app.command("nano", short_help="Build the nano world's shards and manifest.")
 def nano(
     out: Path = typer.Option(..., "--out", help="Folder to write; it appears whole or not at all."),
     samples: int = typer.Option(

@@ -36,7 +36,7 @@ def _root() -> None:
     """Keep `tower` a verb of its own while it is the only one."""
 
 
-@app.command("tower")
+@app.command("tower", short_help="Train and compare vision towers.")
 def tower(
     cells: str | None = typer.Option(
         None, "--cells", metavar="A,B", help="Only these cells and those they start from; all if absent."

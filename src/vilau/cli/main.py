@@ -44,10 +44,10 @@ def _root(
 
 
 app.command("generate")(generate.generate)
-app.command("ask")(ask.ask)
+app.command("ask", short_help="Describe or answer about pictures and films, or talk.")(ask.ask)
 
 
-@app.command("train")
+@app.command("train", short_help="Train what a configuration says, or go on with it.")
 def train(
     config: Path = typer.Argument(..., metavar="CONFIG", help="A YAML file such as configs/nano/debug.yaml."),
     overrides: list[str] = typer.Argument(
@@ -66,14 +66,14 @@ def train(
 
 
 app.add_typer(data.app, name="data")
-app.add_typer(experiments.app, name="experiments")
-app.command("convert")(convert.convert)
-app.command("info")(info.info)
-app.command("eval")(evaluate.evaluate)
-app.command("parity")(parity.parity)
-app.command("tokenize")(tokenize.tokenize)
+app.add_typer(experiments.app, name="experiments", short_help="Compare recipes in small, resumable runs.")
+app.command("convert", short_help="Turn one checkpoint layout into another, or into int8.")(convert.convert)
+app.command("info", short_help="Show a model's parts, shapes, memory and licence.")(info.info)
+app.command("eval", short_help="Measure a model: metrics beside their ceilings.")(evaluate.evaluate)
+app.command("parity", short_help="Compare with the published reference, by tensor.")(parity.parity)
+app.command("tokenize", short_help="Turn pictures into codes.")(tokenize.tokenize)
 app.command("detokenize")(tokenize.detokenize)
-app.command("demo")(demo.demo)
+app.command("demo", short_help="Draw, film, describe and talk, on one page.")(demo.demo)
 app.add_typer(bench.app, name="bench")
 
 
