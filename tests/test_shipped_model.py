@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import vilau
@@ -41,3 +42,16 @@ def test_a_conversation_goes_on_with_its_own_pictures(shipped_model_dir: Path) -
     assert [part["type"] for part in content].count("image") == 1
     messages += [{"role": "assistant", "content": content}, {"role": "user", "content": "what is this?"}]
     assert "apple" in model.chat(messages)
+
+
+def test_prompts_in_a_list_give_what_each_gives_alone(shipped_model_dir: Path) -> None:
+    """Pictures and films of several prompts are made in one batch, in order, each with its own seed."""
+    model = vilau.load(shipped_model_dir)
+    seeds = {"a dog on a green background": 5, "three bananas on a white background": 6}
+    together = model.draw(list(seeds), n=2, seed=list(seeds.values()))
+    alone = [picture for prompt, seed in seeds.items() for picture in model.draw(prompt, n=2, seed=seed)]
+    assert len(together) == 4
+    for one, other in zip(together, alone, strict=True):
+        assert np.abs(np.asarray(one, dtype=float) - np.asarray(other)).mean() < 1
+    films = model.film(["a car moving right on a white background"] * 2, seed=[1, 1])
+    assert [len(film) for film in films] == [4, 4]

@@ -42,18 +42,25 @@ class Pipeline:
         self.model = model
         self.processor = processor
 
-    def draw(self, prompt: str, n: int = 1, progress: Progress | None = None, **sampling: Any) -> list[Image.Image]:
-        """Draw ``n`` pictures of a prompt."""
-        out = self._generate("image", _user({"type": "text", "text": prompt}), n, progress, sampling)
+    def draw(
+        self, prompt: str | Sequence[str], n: int = 1, progress: Progress | None = None, **sampling: Any
+    ) -> list[Image.Image]:
+        """Draw ``n`` pictures of a prompt; of a list of prompts in one batch, in which ``seed`` may be a list too."""
+        out = self._generate("image", prompt, n, progress, sampling)
         return self.processor.to_pil(out.pixel_values)
 
     def film(
-        self, prompt: str, n: int = 1, num_frames: int | None = None, progress: Progress | None = None, **sampling: Any
+        self,
+        prompt: str | Sequence[str],
+        n: int = 1,
+        num_frames: int | None = None,
+        progress: Progress | None = None,
+        **sampling: Any,
     ) -> list[list[Image.Image]]:
-        """Make ``n`` films of a prompt; each is the list of its frames."""
+        """Make ``n`` films of a prompt, or of each in a list; each is the list of its frames."""
         frames = num_frames or self.processor.num_frames
         sampling = {**sampling, "num_frames": frames}
-        out = self._generate("video", _user({"type": "text", "text": prompt}), n, progress, sampling)
+        out = self._generate("video", prompt, n, progress, sampling)
         return self.processor.to_films(out.pixel_values, frames)
 
     def ask(
@@ -115,7 +122,7 @@ class Pipeline:
     def _generate(
         self,
         mode: GenerationMode,
-        messages: list[dict[str, Any]],
+        prompt: str | Sequence[str],
         n: int,
         progress: Progress | None,
         sampling: dict[str, Any],
@@ -123,6 +130,8 @@ class Pipeline:
         if n < 1:
             raise ValueError(f"n is {n}: it must be at least 1")
         frames = {"num_frames": sampling["num_frames"]} if "num_frames" in sampling else {}
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        messages = [_user({"type": "text", "text": text}) for text in prompts]
         inputs = self.processor.apply_chat_template(messages, generation_mode=mode, **frames)
         if "unconditional_ids" not in inputs:
             inputs["unconditional_ids"] = self.processor.unconditional(mode)["input_ids"]

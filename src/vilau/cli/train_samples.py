@@ -89,11 +89,12 @@ class Sampler:
         wanted = self._wanted(stage)
         model = Pipeline(_whole(stage.model), stage.processor)
         draws = stage.model.vision_tower.quantizer.discrete
-        for prompt in wanted.prompts if draws else ():
-            sheet.add([np.asarray(model.draw(prompt, seed=1)[0])], [prompt])
-        for prompt in wanted.films if draws else ():
-            frames = [np.asarray(frame) for frame in model.film(prompt, seed=1)[0]]
-            sheet.add(frames, [prompt] * len(frames))
+        if draws and wanted.prompts:
+            drawn = model.draw(wanted.prompts, seed=[1] * len(wanted.prompts))
+            sheet.add([np.asarray(picture) for picture in drawn], wanted.prompts)
+        if draws and wanted.films:
+            for prompt, film in zip(wanted.films, model.film(wanted.films, seed=[1] * len(wanted.films)), strict=True):
+                sheet.add([np.asarray(frame) for frame in film], [prompt] * len(film))
         for number, picture in enumerate(self._pictures(stage)):
             said = {"caption": model.ask(picture, max_new_tokens=MAX_NEW_TOKENS)}
             for question in wanted.questions:
