@@ -65,6 +65,23 @@ def test_a_position_is_one_graph(
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+def test_prompts_of_many_lengths_share_their_code(make_model: Callable[..., Any]) -> None:
+    """Compiling takes a minute, so a new length of prompt does not cost one, and many shapes do not end compilation."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = small(make_model)
+    step = CompiledStep(Networks.of(model), backend="eager")
+    for length in range(3, 19):
+        ids = torch.arange(3, 3 + length).remainder(30).add(3).unsqueeze(0)
+        request = model.visual_request(model.embed(ids), torch.ones_like(ids), True, 6, unconditional_ids=EMPTY)
+        assert torch.equal(run_codes(step, request), run_codes(VisualStep(Networks.of(model)), request))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    for rows in range(1, 10):
+        ids = torch.full((rows, 3), 5)
+        run_codes(step, model.visual_request(model.embed(ids), torch.ones_like(ids), True, 6, unconditional_ids=EMPTY))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 8
+
+
 @pytest.mark.long
 @pytest.mark.skipif(missing_compiler() is not None, reason=f"no compiler: {missing_compiler()}")
 @pytest.mark.parametrize("int8", [False, True])

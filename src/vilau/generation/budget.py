@@ -22,7 +22,7 @@ def position_bytes(config: Any, dtype: torch.dtype) -> int:
     return cache_bytes(config, 1, 1, dtype.itemsize)
 
 
-def row_capacity(positions: int, largest: int) -> int:
+def row_capacity(positions: int, largest: int = 1 << 62) -> int:
     """Return the places to take for a row of so many positions: the next of four sizes per octave, at most `largest`.
 
     Rows of like lengths so share one block of memory, at the price of at most a quarter more than they need.

@@ -12,11 +12,15 @@ from vilau.generation.position import Language, Networks, SlotLanguage, UnifiedM
 from vilau.generation.prepared import prepare, weight_marks
 
 
+_SHAPES = 64  # compiled codes that are kept; torch's own limit is 8, beyond which it runs uncompiled
+
+
 class CompiledStep(VisualStep):
     """A `VisualStep` through torch.compile, with the weights laid out anew by the compiler (a copy of them).
 
-    The first position of every new batch size is compiled for a minute or so; its code is kept by torch. Draws agree
-    with the eager step up to rounding. `backend` is torch.compile's.
+    The first position of a new number of rows, or of prompts and pictures that need a larger cache (in four sizes per
+    octave), is compiled for a minute or so; its code is kept by torch, for the last so many shapes. Draws agree with
+    the eager step up to rounding. `backend` is torch.compile's.
     """
 
     static = True
@@ -27,7 +31,7 @@ class CompiledStep(VisualStep):
 
     def __call__(self, state: VisualState, language: Language, guided: bool = True) -> torch.Tensor:
         """As `VisualStep`, and always with all rows, so that one compilation serves every position."""
-        with torch._inductor.config.patch(freezing=True):
+        with torch._inductor.config.patch(freezing=True), torch._dynamo.config.patch(recompile_limit=_SHAPES):
             return self._compiled(state, language)
 
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from transformers import DynamicCache
 
+from vilau.generation.budget import row_capacity
 from vilau.generation.caches import SlotCache, unsupported
 from vilau.generation.guidance import guided_rows
 from vilau.generation.sampling import SamplingRows, sample_codes
@@ -90,7 +91,9 @@ class SlotLanguage:
         ).last_hidden_state
         read.lengths.copy_(lengths)
         source = torch.tensor(prompts.rows, device=embeds.device)
-        cache = SlotCache(layers, len(source), longest + positions, embeds.device)
+        needed = longest + positions
+        capacity = row_capacity(needed) if static else needed  # prompts of many lengths share few shapes
+        cache = SlotCache(layers, len(source), capacity, embeds.device)
         cache.fill(cache.row, read, source)
         last = states[torch.arange(count, device=embeds.device), lengths - 1]
         return cls(language, cache, len(source), longest, static), last.index_select(0, source)
