@@ -8,11 +8,23 @@ from typing import Any, Protocol
 
 import torch
 
+from vilau.generation.interleaved import VisualKind
 from vilau.generation.pace import Pace, measured, weighed
 from vilau.generation.position import Networks, VisualStep
 from vilau.generation.prepared import AUTO_LIMIT, packable, packed_bytes, prepare
-from vilau.generation.requests import Prompt, SequenceEnd, TextRequest, TextToken, VisualPosition
-from vilau.generation.running import Cohort, Drawing, Job, Picture, Reading, Target, Text, TextSampling
+from vilau.generation.requests import (
+    InterleavedRequest,
+    PictureEnd,
+    PictureStart,
+    Prompt,
+    SequenceEnd,
+    TextRequest,
+    TextToken,
+    VisualPosition,
+    VisualSequenceRequest,
+    last_guided,
+)
+from vilau.generation.running import Answer, Cohort, Drawing, Job, Picture, Reading, Target, Text, TextSampling
 from vilau.generation.sampling import row_seeds
 from vilau.generation.slots import Prefix, Row, SlotStore, StoreLanguage, copy_row, plan
 
@@ -98,21 +110,29 @@ class Engine:
         request = job.handle.request
         seeds = row_seeds(request.seed, request.n, "cpu").tolist()
         for number, seed in enumerate(seeds):
+            if isinstance(request, InterleavedRequest):  # its rows without the prompt come with its pictures
+                (row,) = self._reserve(job.each.capacities[:1])
+                job.sequences.append(Answer(job, request, number, seed, row))
+                continue
             row, *more = self._reserve(job.each.capacities)
             if isinstance(request, TextRequest):
                 job.sequences.append(Text(job, request, number, seed, row))
                 continue
-            sound = torch.ones((), dtype=torch.bool, device=self.device)
             empty = more[0] if more else None
-            job.sequences.append(Picture(job, request, number, seed, request.scales().tolist(), row, empty, sound))
+            scales, options = request.scales().tolist(), request.sampling
+            job.sequences.append(Picture(job, options, number, seed, scales, row, empty, self._sound()))
         self._read(request.prompt, [Target(sequence, sequence.row, False) for sequence in job.sequences])
         empties = [
             Target(picture, picture.empty, True)
             for picture in job.sequences
             if isinstance(picture, Picture) and picture.empty is not None
         ]
-        if empties and not isinstance(request, TextRequest) and request.unconditional is not None:
+        if empties:
+            assert isinstance(request, VisualSequenceRequest) and request.unconditional is not None
             self._read(request.unconditional, empties)
+
+    def _sound(self) -> torch.Tensor:
+        return torch.ones((), dtype=torch.bool, device=self.device)
 
     def _reserve(self, capacities: Sequence[int]) -> list[Row]:
         """Return an empty row of each capacity, or none at all; kept prompts give way."""
@@ -163,11 +183,13 @@ class Engine:
             self._pictures.append(sequence)
 
     def leave(self, sequence: Text | Picture) -> None:
+        """Take a sequence out and free its rows; an answer with the picture that it draws."""
         if sequence.gone:
             return
+        drawing = sequence.drawing if isinstance(sequence, Answer) else None
         for reading in list(self._readings):
             lead = reading.row
-            reading.targets = [target for target in reading.targets if target.sequence is not sequence]
+            reading.targets = [t for t in reading.targets if t.sequence is not sequence and t.sequence is not drawing]
             if not reading.targets:
                 self._readings.remove(reading)
             elif reading.row is not lead and lead.length:
@@ -177,8 +199,11 @@ class Engine:
         if isinstance(sequence, Text):
             self._texts = [text for text in self._texts if text is not sequence]
             self._sampling = None
-        elif sequence in self._pictures:
-            self._pictures.remove(sequence)
+        for picture in (sequence, drawing):
+            if isinstance(picture, Picture):
+                picture.gone = True
+                if picture in self._pictures:
+                    self._pictures.remove(picture)
         for row in rows:
             self._store.release(row)
 
@@ -283,23 +308,21 @@ class Engine:
         sources: list[torch.Tensor] = []
         place: dict[int, int] = {}
         if texts:
-            tokens = torch.tensor([text.token for text in texts]).to(self.device, non_blocking=True)
-            sources.append(self.model.get_input_embeddings()(tokens))
+            sources.append(self._token_embeds([text.token for text in texts]))
             place = {id(text.row): number for number, text in enumerate(texts)}
         if fed:
             assert cohort is not None
             codes = cohort.state.codes
             if len(fed) < len(cohort.pictures):
                 codes = torch.stack([picture.codes for picture in fed if picture.codes is not None])
-            networks = self.step_maker.networks
-            sources.append(networks.projector(networks.quantizer.z_q(codes)).to(self.dtype))
+            sources.append(self._code_embeds(codes))
             for number, picture in enumerate(fed, len(texts)):
                 place |= {id(row): number for row in picture.rows}
         found = []
         if sources:
             order = torch.tensor([place[id(row)] for row in ordered]).to(self.device, non_blocking=True)
             found = [torch.cat(sources).index_select(0, order)]
-        found += [reading.embeds[reading.row.length : reading.row.length + count] for reading, count in pieces]
+        found += [reading.next(count) for reading, count in pieces]
         return torch.cat(found)
 
     def _finish_readings(self, pieces: Sequence[tuple[Reading, int]], hidden: torch.Tensor, start: int) -> None:
@@ -347,7 +370,7 @@ class Engine:
 
     def _write(self, texts: list[Text], hidden: torch.Tensor) -> None:
         """Draw one token of each text from states ``(T, H)``: the one place where the host waits for the device."""
-        if self._sampling is None or self._sampling.texts != texts:
+        if self._sampling is None or not self._sampling.serves(texts):
             self._sampling = TextSampling(texts, self.model.get_output_embeddings().weight.shape[0], self.device)
         logits = self.model.get_output_embeddings()(hidden).float()
         tokens = self._sampling.draw(logits)
@@ -359,11 +382,55 @@ class Engine:
                 continue
             text.state, text.token = None, token
             text.done += 1
+            if isinstance(text, Answer) and text.begun is not None:
+                self._begin(text, text.begun)
+                continue
             text.job.handle.emit(TextToken(text.number, token, text.done))
-            if token in text.request.stop:
-                self._complete(text, SequenceEnd(text.number, "stop"))
-            elif text.done == text.request.max_new_tokens:
-                self._complete(text, SequenceEnd(text.number, "length"))
+            if text.ending is not None:
+                self._complete(text, SequenceEnd(text.number, text.ending))
+
+    def _begin(self, answer: Answer, kind: VisualKind) -> None:
+        """Let an answer that wrote a start token draw: the token is read, and the prompt without text beside it."""
+        self._texts.remove(answer)
+        self._sampling = None
+        request, token = answer.mixed, answer.token
+        positions = request.rules.positions[kind]
+        answer.job.handle.emit(PictureStart(answer.number, answer.pictures, kind, positions))
+        try:
+            guided = bool(last_guided(request.scales(kind)))
+            empty = self._reserve(answer.job.each.capacities[1:])[0] if guided else None
+            picture = answer.begin(kind, empty, self._sound())
+            self._go_on(answer, Target(picture, answer.row, False), self._token_embeds([token]))
+            if empty is not None:
+                self._read(request.unconditional[kind], [Target(picture, empty, True)])
+        except Exception as error:
+            self.failed(answer.job, error)
+
+    def _end_picture(self, answer: Answer, picture: Picture) -> None:
+        """Let an answer go on with text after a picture: its last codes and its end token are read."""
+        self._pictures.remove(picture)
+        if picture.empty is not None:
+            self._store.release(picture.empty)
+        answer.drawing, picture.gone = None, True
+        answer.job.handle.emit(PictureEnd(answer.number, picture.index, picture.kind))
+        if answer.ending is not None:
+            self._complete(answer, SequenceEnd(answer.number, answer.ending))
+            return
+        assert picture.codes is not None
+        end = self._token_embeds([answer.mixed.rules.ends[picture.kind]])
+        embeds = torch.cat([self._code_embeds(picture.codes.unsqueeze(0)), end])
+        self._go_on(answer, Target(answer, answer.row, False), embeds)
+
+    def _go_on(self, answer: Answer, target: Target, embeds: torch.Tensor) -> None:
+        """Read the next positions ``(n, H)`` of an answer, before prompts, of which it is not to wait for any."""
+        self._readings.insert(0, Reading(Prompt.of(embeds), embeds, [target], answer.row.length))
+
+    def _token_embeds(self, tokens: list[int]) -> torch.Tensor:
+        return self.model.get_input_embeddings()(torch.tensor(tokens).to(self.device, non_blocking=True))
+
+    def _code_embeds(self, codes: torch.Tensor) -> torch.Tensor:
+        networks = self.step_maker.networks
+        return networks.projector(networks.quantizer.z_q(codes)).to(self.dtype)
 
     def _draw(self, room: float, due: bool) -> None:
         """Make depth steps: one if it is due, and further ones as long as there is room."""
@@ -387,12 +454,14 @@ class Engine:
         """Note a picture's new codes, and let it leave with the last ones."""
         picture.codes, picture.sound = codes, sound
         picture.done += 1
-        picture.job.handle.emit(VisualPosition(picture.number, codes, picture.done))
-        if picture.done == picture.request.positions:
-            if bool(sound):
+        picture.job.handle.emit(VisualPosition(picture.number, codes, picture.done, picture.index))
+        if picture.done == len(picture.scales):
+            if not bool(sound):
+                self.failed(picture.job, FloatingPointError("the model's states are not finite"))
+            elif picture.answer is None:
                 self._complete(picture, SequenceEnd(picture.number, "length"))
             else:
-                self.failed(picture.job, FloatingPointError("the model's states are not finite"))
+                self._end_picture(picture.answer, picture)
             return
         if picture.empty is not None and not picture.guided_still:
             empty, picture.empty = picture.empty, None

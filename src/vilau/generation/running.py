@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from vilau.generation.budget import Demand
+from vilau.generation.interleaved import TEXT_DEPTH, VisualKind, picture_seed
 from vilau.generation.position import Networks, VisualState, VisualStep
-from vilau.generation.requests import Handle, Prompt, TextRequest, VisualSequenceRequest
-from vilau.generation.sampling import SamplingRows, sample_codes, sampling_rows
+from vilau.generation.requests import Handle, InterleavedRequest, Prompt, TextRequest, last_guided
+from vilau.generation.sampling import SamplingOptions, SamplingRows, sample_codes, sampling_rows
 from vilau.generation.slots import Row
-
-TEXT_DEPTH = 255  # the noise of text, apart from that of codes, whose depths are far below; as in mixed answers
 
 
 @dataclass(eq=False)
@@ -28,8 +27,8 @@ class Job:
 
     @property
     def visual(self) -> bool:
-        """Whether it draws."""
-        return isinstance(self.handle.request, VisualSequenceRequest)
+        """Whether it may draw."""
+        return self.handle.request.visual
 
 
 @dataclass(eq=False)
@@ -37,7 +36,7 @@ class Text:
     """An answer being written: `state` (H,) predicts the first token, `token` is the last one."""
 
     job: Job
-    request: TextRequest
+    request: TextRequest | InterleavedRequest
     number: int
     seed: int
     row: Row
@@ -51,10 +50,76 @@ class Text:
         """The row, while it has one."""
         return [] if self.gone else [self.row]
 
+    @property
+    def never(self) -> tuple[int, ...]:
+        """Tokens that must not follow."""
+        assert isinstance(self.request, TextRequest)
+        return self.request.never
+
+    @property
+    def ending(self) -> Literal["stop", "length"] | None:
+        """Why the last token is the last; ``None`` if it is not."""
+        assert isinstance(self.request, TextRequest)
+        if self.token in self.request.stop:
+            return "stop"
+        return "length" if self.done == self.request.max_new_tokens else None
+
     def place(self, empty: bool, state: torch.Tensor) -> bool:
         """Note that the prompt is read; return whether the sequence can start."""
         self.state = state
         return True
+
+
+@dataclass(eq=False)
+class Answer(Text):
+    """An answer that draws as well: `drawing` while it does, then none; `pictures` have been begun.
+
+    Its row is its picture's row with the prompt, so what was drawn stays before the text that goes on.
+    """
+
+    drawing: Picture | None = None
+    pictures: int = 0
+
+    @property
+    def mixed(self) -> InterleavedRequest:
+        """The request."""
+        assert isinstance(self.request, InterleavedRequest)
+        return self.request
+
+    @property
+    def rows(self) -> list[Row]:
+        """The row, and while a picture is guided its row without the prompt."""
+        return [] if self.gone else [self.row] if self.drawing is None else self.drawing.rows
+
+    @property
+    def never(self) -> tuple[int, ...]:
+        """Tokens that must not follow what was read."""
+        return self.mixed.rules.forbidden(self.row.length, self.pictures)
+
+    @property
+    def begun(self) -> VisualKind | None:
+        """What the last token begins."""
+        return self.mixed.rules.starts.get(self.token)
+
+    @property
+    def ending(self) -> Literal["stop", "length"] | None:
+        """Why the last token, or picture, is the last; both are still to be read."""
+        rules = self.mixed.rules
+        if self.token in rules.stops:
+            return "stop"
+        unread = 1 if self.begun is None else 2
+        ended = self.done == self.request.max_new_tokens or rules.full(self.row.length + unread)
+        return "length" if ended else None
+
+    def begin(self, kind: VisualKind, empty: Row | None, sound: torch.Tensor) -> Picture:
+        """Return the picture or film that the answer draws from now on."""
+        scales, seed = self.mixed.scales(kind).tolist(), picture_seed(self.seed, self.pictures)
+        options = self.mixed.visual_sampling
+        self.drawing = Picture(
+            self.job, options, self.number, seed, scales, self.row, empty, sound, self, kind, self.pictures
+        )
+        self.pictures += 1
+        return self.drawing
 
 
 @dataclass(eq=False)
@@ -63,27 +128,34 @@ class Picture:
 
     The states are there after the prompts have been read, before the first position; from then on they come from
     feeding the codes. `scales` is the guidance of each position. `row` has the prompt, `empty` the one without text
-    until the last guided position. `sound` () stays true while the states are finite.
+    until the last guided position. `sound` () stays true while the states are finite. One that an `answer` draws has
+    its `kind`, and its `index` among the answer's.
     """
 
     job: Job
-    request: VisualSequenceRequest
+    sampling: SamplingOptions
     number: int
     seed: int
     scales: list[float]
     row: Row
     empty: Row | None
     sound: torch.Tensor
+    answer: Answer | None = None
+    kind: VisualKind = "image"
+    index: int = 0
     done: int = 0
     codes: torch.Tensor | None = None
     state: torch.Tensor | None = None
     empty_state: torch.Tensor | None = None
     gone: bool = False
 
+    def __post_init__(self) -> None:
+        self.guided = last_guided(torch.tensor(self.scales))
+
     @property
     def guided_still(self) -> bool:
         """Whether any position to come is guided."""
-        return any(scale != 1 for scale in self.scales[self.done :])
+        return self.done < self.guided
 
     @property
     def rows(self) -> list[Row]:
@@ -111,11 +183,15 @@ class Target:
 
 @dataclass(eq=False)
 class Reading:
-    """A prompt being read into the row of the first target; the others get a copy."""
+    """A prompt being read into the row of the first target; the others get a copy.
+
+    In an answer also what follows the `begin` first positions of its row: a start token, or a picture's end.
+    """
 
     prompt: Prompt
     embeds: torch.Tensor
     targets: list[Target]
+    begin: int = 0
 
     @property
     def row(self) -> Row:
@@ -125,7 +201,12 @@ class Reading:
     @property
     def left(self) -> int:
         """Positions not read yet."""
-        return self.prompt.length - self.row.length
+        return self.begin + self.prompt.length - self.row.length
+
+    def next(self, count: int) -> torch.Tensor:
+        """Return the next embeddings ``(count, H)`` to be read."""
+        start = self.row.length - self.begin
+        return self.embeds[start : start + count]
 
 
 class TextSampling:
@@ -135,8 +216,15 @@ class TextSampling:
         self.texts = list(texts)
         self.filters: SamplingRows = sampling_rows([text.request.sampling for text in texts], vocabulary, device)
         self.seeds = torch.tensor([text.seed for text in texts]).to(device)
-        never = [(row, token) for row, text in enumerate(texts) for token in text.request.never]
+        self.forbidden = [text.never for text in texts]
+        never = [(row, token) for row, tokens in enumerate(self.forbidden) for token in tokens]
         self.never = torch.tensor(never).T.to(device) if never else None
+
+    def serves(self, texts: Sequence[Text]) -> bool:
+        """Whether it is of these texts, with the tokens that must not follow now."""
+        return self.texts == texts and all(
+            text.never == never for text, never in zip(texts, self.forbidden, strict=True)
+        )
 
     def draw(self, logits: torch.Tensor) -> torch.Tensor:
         """Return tokens ``(T,)`` of logits ``(T, vocabulary)``."""
@@ -161,7 +249,7 @@ class Cohort:
         for row, number in enumerate(self.guided):
             rows[number] = count + row
         nothing = torch.zeros(depth, dtype=torch.int64, device=device)
-        options = [picture.request.sampling for picture in pictures]
+        options = [picture.sampling for picture in pictures]
         self.sound = torch.stack([picture.sound for picture in pictures])
         self.state = VisualState(
             position=torch.tensor([picture.done for picture in pictures]).to(device),
