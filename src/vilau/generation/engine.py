@@ -119,7 +119,7 @@ class Engine:
                 job.sequences.append(Text(job, request, number, seed, row))
                 continue
             empty = more[0] if more else None
-            scales, options = request.scales().tolist(), request.sampling
+            scales, options = request.scales(), request.sampling
             job.sequences.append(Picture(job, options, number, seed, scales, row, empty, self._sound()))
         self._read(request.prompt, [Target(sequence, sequence.row, False) for sequence in job.sequences])
         empties = [
@@ -445,10 +445,10 @@ class Engine:
         if not drawing.complete:
             return
         self._drawing = None
-        codes, sound = drawing.state.codes.clone(), drawing.cohort.sound.clone()
-        for number, picture in enumerate(drawing.cohort.pictures):
+        codes, sound = drawing.state.codes.clone().unbind(), drawing.cohort.sound.clone().unbind()
+        for picture, own, finite in zip(drawing.cohort.pictures, codes, sound, strict=True):
             if not picture.gone:
-                self._advance(picture, codes[number], sound[number])
+                self._advance(picture, own, finite)
 
     def _advance(self, picture: Picture, codes: torch.Tensor, sound: torch.Tensor) -> None:
         """Note a picture's new codes, and let it leave with the last ones."""

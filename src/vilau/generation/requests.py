@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -214,8 +215,9 @@ class InterleavedRequest:
 Request = TextRequest | VisualSequenceRequest | InterleavedRequest
 
 
+@functools.lru_cache(maxsize=64)
 def guidance_scales(sampling: SamplingOptions, positions: int, per_picture: int) -> torch.Tensor:
-    """Return the guidance scale ``(positions,)`` of every position of a picture or film, on the CPU."""
+    """Return the guidance scale ``(positions,)`` of every position of a picture or film, on the CPU; only to be read."""
     s = sampling
     return guidance_table([s.guidance_scale], positions, per_picture, s.guidance_schedule, s.guidance_interval)[:, 0]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from vilau.generation.budget import Demand
 from vilau.generation.interleaved import TEXT_DEPTH, VisualKind, picture_seed
@@ -113,7 +114,7 @@ class Answer(Text):
 
     def begin(self, kind: VisualKind, empty: Row | None, sound: torch.Tensor) -> Picture:
         """Return the picture or film that the answer draws from now on."""
-        scales, seed = self.mixed.scales(kind).tolist(), picture_seed(self.seed, self.pictures)
+        scales, seed = self.mixed.scales(kind), picture_seed(self.seed, self.pictures)
         options = self.mixed.visual_sampling
         self.drawing = Picture(
             self.job, options, self.number, seed, scales, self.row, empty, sound, self, kind, self.pictures
@@ -127,7 +128,7 @@ class Picture:
     """A picture or film being drawn: `codes` (D,) are the last ones; `state`, `empty_state` predict the next ones.
 
     The states are there after the prompts have been read, before the first position; from then on they come from
-    feeding the codes. `scales` is the guidance of each position. `row` has the prompt, `empty` the one without text
+    feeding the codes. `scales` (positions,) is the guidance. `row` has the prompt, `empty` the one without text
     until the last guided position. `sound` () stays true while the states are finite. One that an `answer` draws has
     its `kind`, and its `index` among the answer's.
     """
@@ -136,7 +137,7 @@ class Picture:
     sampling: SamplingOptions
     number: int
     seed: int
-    scales: list[float]
+    scales: torch.Tensor
     row: Row
     empty: Row | None
     sound: torch.Tensor
@@ -150,7 +151,13 @@ class Picture:
     gone: bool = False
 
     def __post_init__(self) -> None:
-        self.guided = last_guided(torch.tensor(self.scales))
+        self.guided = last_guided(self.scales)
+        self.constant = bool((self.scales != 1).all())
+
+    @property
+    def guided_now(self) -> bool:
+        """Whether the next position is guided."""
+        return self.done < self.guided and (self.constant or bool(self.scales[self.done] != 1))
 
     @property
     def guided_still(self) -> bool:
@@ -241,10 +248,7 @@ class Cohort:
         self.pictures = list(pictures)
         self.guided = [number for number, picture in enumerate(pictures) if picture.empty is not None]
         count, depth = len(pictures), networks.quantizer.depth
-        longest = max(len(picture.scales) for picture in pictures)
-        scales = torch.ones((longest, count))
-        for number, picture in enumerate(pictures):
-            scales[: len(picture.scales), number] = torch.tensor(picture.scales)
+        scales = nn.utils.rnn.pad_sequence([picture.scales for picture in pictures], padding_value=1.0)
         rows = list(range(count))
         for row, number in enumerate(self.guided):
             rows[number] = count + row
@@ -280,7 +284,7 @@ class Drawing:
     def __init__(self, step: VisualStep, cohort: Cohort, hidden: torch.Tensor) -> None:
         self.step, self.cohort, self.state = step, cohort, cohort.state
         count = len(cohort.pictures)
-        guided = any(p.scales[p.done] != 1 for p in cohort.pictures)
+        guided = any(picture.guided_now for picture in cohort.pictures)
         rows = len(hidden) if guided else count
         cohort.sound &= torch.isfinite(hidden[:count]).all(1)
         self.x = hidden[:rows]
