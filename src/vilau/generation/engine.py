@@ -29,6 +29,7 @@ from vilau.generation.sampling import row_seeds
 from vilau.generation.slots import Prefix, Row, SlotStore, StoreLanguage, copy_row, plan
 
 _KEPT_PREFIXES = 4
+_KEPT_COHORTS = 4
 _WORTH_PACKING = 32 << 20
 
 
@@ -95,8 +96,9 @@ class Engine:
         self._pictures: deque[Picture] = deque()
         self._readings: list[Reading] = []
         self._prefixes: OrderedDict[Any, Prefix] = OrderedDict()
-        self._cohort: Cohort | None = None
+        self._cohorts: deque[Cohort] = deque(maxlen=_KEPT_COHORTS)
         self._drawing: Drawing | None = None
+        self._spent = 0.0  # cost of the depth steps since the last tokens
         self._sampling: TextSampling | None = None
         self._reading_first = False
 
@@ -201,9 +203,7 @@ class Engine:
             self._sampling = None
         for picture in (sequence, drawing):
             if isinstance(picture, Picture):
-                picture.gone = True
-                if picture in self._pictures:
-                    self._pictures.remove(picture)
+                self._forget(picture)
         for row in rows:
             self._store.release(row)
 
@@ -212,36 +212,34 @@ class Engine:
         self.finished(sequence, event)
 
     def turn(self) -> None:
-        """One pass of the language model over what is due, then the text head and depth steps."""
+        """One pass of the language model over what is due, then the text head and depth steps.
+
+        What a text waits for between two tokens are the depth steps after the one and the pass with the other: both
+        share the room that `pace` leaves.
+        """
         texts = [text for text in self._texts if text.state is None]
-        room = self.pace.room(len(texts))
+        whole = self.pace.room(len(texts))
+        before, self._spent = (self._spent, 0.0) if texts else (0.0, 0.0)
+        room = whole - before
         drawing = bool(self._drawing or self._pictures)
         read_first = bool(self._readings) and (self._reading_first or not drawing)
         self._reading_first = bool(self._readings) and not read_first
-        pieces: list[tuple[Reading, int]] = []
-        if read_first:
-            pieces = self._pieces(room, 1)
-            room -= self.pace.positions(sum(count for _, count in pieces))
+        pieces = self._pieces(room, int(not before)) if read_first else []
+        room -= self.pace.positions(sum(count for _, count in pieces))
         chosen: list[Picture] = []
         if self._drawing is None:
-            chosen = self._choose(self._pictures, room, bool(texts), not read_first)
+            chosen = self._choose(self._pictures, room, bool(texts), not read_first and not before)
             room -= self.pace.positions(sum(len(picture.rows) for picture in chosen if picture.state is None))
-            due = not texts
-        else:
-            due = not read_first
-        if not read_first and self._readings:
-            left = room - (self.pace.depth_step(self._drawing.rows) if self._drawing and texts else 0)
-            pieces = self._pieces(left, 0)
-            room -= self.pace.positions(sum(count for _, count in pieces))
-        cohort = self._cohort_of(chosen) if chosen else None
-        hidden, at = self._forward(texts, cohort, pieces)
-        if cohort is None and self._drawing is None:
-            read = [picture for picture in self._pictures if picture.state is not None]
-            read = self._choose(read, room, bool(texts), False)
-            cohort = self._cohort_of(read) if read else None
-        if cohort is not None:
-            self._drawing = Drawing(self.step_maker, cohort, self._states(cohort, hidden, at))
-        self._draw(room, due)
+        if not read_first:
+            pieces = self._pieces(room, 0)
+        hidden, at = self._forward(texts, chosen, pieces)
+        if self._drawing is None:
+            chosen = self._with_read(chosen, whole)
+            if chosen:
+                cohort = self._cohort_of(chosen)
+                self._drawing = Drawing(self.step_maker, cohort, self._states(cohort, hidden, at))
+        if not texts or not self._reading_first:  # else what is left between the next two tokens is for prompts
+            self._draw(whole)
 
     def _pieces(self, room: float, least: int) -> list[tuple[Reading, int]]:
         """Return how many positions of which prompts are read now, the oldest first."""
@@ -271,20 +269,33 @@ class Engine:
             chosen.append(picture)
         return chosen
 
+    def _with_read(self, chosen: list[Picture], whole: float) -> list[Picture]:
+        """Return the pictures whose next position begins now with those that have just been read, if there is room."""
+        rows = sum(len(picture.rows) for picture in chosen)
+        joined = list(chosen)
+        for picture in self._pictures:
+            if picture.state is None or picture in chosen:
+                continue
+            rows += len(picture.rows)
+            if self.pace.depth_step(rows) > whole:
+                break
+            joined.append(picture)
+        return joined
+
     def _forward(
-        self, texts: Sequence[Text], cohort: Cohort | None, pieces: Sequence[tuple[Reading, int]]
+        self, texts: Sequence[Text], chosen: Sequence[Picture], pieces: Sequence[tuple[Reading, int]]
     ) -> tuple[torch.Tensor, dict[int, int]]:
         """Feed tokens, codes and pieces of prompts; draw tokens, and make ready what has been read.
 
         Returns the states ``(N, H)`` and where those of each row, by its id, stand in them.
         """
-        fed = [] if cohort is None else [picture for picture in cohort.pictures if picture.state is None]
+        fed = [picture for picture in chosen if picture.state is None]
         at: dict[int, int] = {}
         hidden = self._store.like.new_zeros((0, self.model.config.hidden_size))
         if texts or fed or pieces:
             steps = [text.row for text in texts] + [row for picture in fed for row in picture.rows]
             work, ordered = plan(steps, [(reading.row, count) for reading, count in pieces], self._store.like)
-            hidden = self.language.forward(self._embeds(texts, fed, ordered, cohort, pieces), work)
+            hidden = self.language.forward(self._embeds(texts, fed, ordered, pieces), work)
             at = {id(row): number for number, row in enumerate(ordered)}
             for row in ordered:
                 row.length += 1
@@ -301,7 +312,6 @@ class Engine:
         texts: Sequence[Text],
         fed: Sequence[Picture],
         ordered: Sequence[Row],
-        cohort: Cohort | None,
         pieces: Sequence[tuple[Reading, int]],
     ) -> torch.Tensor:
         """Return what is fed ``(N, H)``, in the order of the pass."""
@@ -311,11 +321,9 @@ class Engine:
             sources.append(self._token_embeds([text.token for text in texts]))
             place = {id(text.row): number for number, text in enumerate(texts)}
         if fed:
-            assert cohort is not None
-            codes = cohort.state.codes
-            if len(fed) < len(cohort.pictures):
-                codes = torch.stack([picture.codes for picture in fed if picture.codes is not None])
-            sources.append(self._code_embeds(codes))
+            cohort = self._kept_cohort(fed)
+            codes = [picture.codes for picture in fed if picture.codes is not None] if cohort is None else []
+            sources.append(self._code_embeds(torch.stack(codes) if cohort is None else cohort.state.codes))
             for number, picture in enumerate(fed, len(texts)):
                 place |= {id(row): number for row in picture.rows}
         found = []
@@ -350,10 +358,24 @@ class Engine:
             _, dropped = self._prefixes.popitem(last=False)
             self._store.kept -= dropped.length
 
+    def _kept_cohort(self, pictures: Sequence[Picture]) -> Cohort | None:
+        return next((cohort for cohort in self._cohorts if cohort.serves(pictures)), None)
+
     def _cohort_of(self, pictures: Sequence[Picture]) -> Cohort:
-        if self._cohort is None or not self._cohort.serves(pictures):
-            self._cohort = Cohort(self.step_maker.networks, pictures, self.device)
-        return self._cohort
+        """Return the state of these pictures' position: kept, since beside texts groups take turns, or made."""
+        cohort = self._kept_cohort(pictures)
+        if cohort is None:
+            cohort = Cohort(self.step_maker.networks, pictures, self.device)
+            self._cohorts.appendleft(cohort)
+        return cohort
+
+    def _forget(self, picture: Picture) -> None:
+        """Let go of what is kept for a picture that is done."""
+        picture.gone = True
+        if picture in self._pictures:
+            self._pictures.remove(picture)
+        for cohort in [cohort for cohort in self._cohorts if picture in cohort.pictures]:
+            self._cohorts.remove(cohort)
 
     def _states(self, cohort: Cohort, hidden: torch.Tensor, at: dict[int, int]) -> torch.Tensor:
         """Return the states ``(R, H)`` of a cohort's rows: read just now, or from the end of their prompts."""
@@ -408,10 +430,10 @@ class Engine:
 
     def _end_picture(self, answer: Answer, picture: Picture) -> None:
         """Let an answer go on with text after a picture: its last codes and its end token are read."""
-        self._pictures.remove(picture)
+        self._forget(picture)
         if picture.empty is not None:
             self._store.release(picture.empty)
-        answer.drawing, picture.gone = None, True
+        answer.drawing = None
         answer.job.handle.emit(PictureEnd(answer.number, picture.index, picture.kind))
         if answer.ending is not None:
             self._complete(answer, SequenceEnd(answer.number, answer.ending))
@@ -432,16 +454,15 @@ class Engine:
         networks = self.step_maker.networks
         return networks.projector(networks.quantizer.z_q(codes)).to(self.dtype)
 
-    def _draw(self, room: float, due: bool) -> None:
-        """Make depth steps: one if it is due, and further ones as long as there is room."""
+    def _draw(self, room: float) -> None:
+        """Make a depth step, and further ones as long as there is room."""
         drawing = self._drawing
         if drawing is None:
             return
-        cost = self.pace.depth_step(drawing.rows)
-        while not drawing.complete and (due or cost <= room):
+        cost, limited = self.pace.depth_step(drawing.rows), room < float("inf")
+        while not drawing.complete and (not self._spent or self._spent + cost <= room):
             drawing.advance()
-            due = False
-            room -= cost
+            self._spent += cost if limited else 0.0
         if not drawing.complete:
             return
         self._drawing = None

@@ -217,7 +217,7 @@ Request = TextRequest | VisualSequenceRequest | InterleavedRequest
 
 @functools.lru_cache(maxsize=64)
 def guidance_scales(sampling: SamplingOptions, positions: int, per_picture: int) -> torch.Tensor:
-    """Return the guidance scale ``(positions,)`` of every position of a picture or film, on the CPU; only to be read."""
+    """Return the guidance scale ``(positions,)`` of every position of a picture or film, on the CPU; read only."""
     s = sampling
     return guidance_table([s.guidance_scale], positions, per_picture, s.guidance_schedule, s.guidance_interval)[:, 0]
 

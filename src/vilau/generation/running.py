@@ -246,6 +246,7 @@ class Cohort:
 
     def __init__(self, networks: Networks, pictures: Sequence[Picture], device: torch.device) -> None:
         self.pictures = list(pictures)
+        self.done = [picture.done for picture in pictures]
         self.guided = [number for number, picture in enumerate(pictures) if picture.empty is not None]
         count, depth = len(pictures), networks.quantizer.depth
         scales = nn.utils.rnn.pad_sequence([picture.scales for picture in pictures], padding_value=1.0)
@@ -269,8 +270,7 @@ class Cohort:
     def serves(self, pictures: Sequence[Picture]) -> bool:
         """Whether it is of these pictures, with the rows that they have now."""
         guided = [number for number, picture in enumerate(pictures) if picture.empty is not None]
-        same = len(pictures) == len(self.pictures) and all(a is b for a, b in zip(pictures, self.pictures, strict=True))
-        return same and guided == self.guided
+        return list(pictures) == self.pictures and guided == self.guided and self.done == [p.done for p in pictures]
 
 
 class Drawing:
@@ -318,3 +318,4 @@ class Drawing:
         self.depth += 1
         if self.complete:
             self.state.position += 1
+            self.cohort.done = [done + 1 for done in self.cohort.done]
