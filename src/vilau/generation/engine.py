@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from vilau.generation.interleaved import VisualKind
-from vilau.generation.pace import Pace, measured, weighed
+from vilau.generation.pace import Pace, Steering, clock_of, measured, weighed
 from vilau.generation.position import Networks, VisualStep
 from vilau.generation.prepared import AUTO_LIMIT, packable, packed_bytes, prepare
 from vilau.generation.requests import (
@@ -78,14 +78,15 @@ class Engine:
         self.step_maker = VisualStep(networks)
         self.language = StoreLanguage(networks.language)
         self.reset()
-        self.pace = self._pace(text_pace, free_rows)
+        self.pace, self.steering = self._steered(text_pace, free_rows)
 
-    def _pace(self, limit: float, free_rows: float | None) -> Pace:
-        """Return what the pieces of work cost; nobody asks where there is no limit."""
+    def _steered(self, limit: float, free_rows: float | None) -> tuple[Pace, Steering | None]:
+        """Return what the pieces of work cost, and what corrects it if it is measured; no limit needs neither."""
         networks, head = self.step_maker.networks, self.model.get_output_embeddings()
         if free_rows is None and limit < float("inf") and self.positions >= 64 * 16:
-            return measured(networks, self.language, head, self._store, limit)
-        return weighed(networks, head.weight.numel(), limit, free_rows or 16.0)
+            pace = measured(networks, self.language, head, self._store, limit)
+            return pace, Steering(pace, clock_of(self.device))
+        return weighed(networks, head.weight.numel(), limit, free_rows or 16.0), None
 
     def reset(self) -> None:
         """Forget everything and give all memory back."""
@@ -98,6 +99,7 @@ class Engine:
         self._prefixes: OrderedDict[Any, Prefix] = OrderedDict()
         self._cohorts: deque[Cohort] = deque(maxlen=_KEPT_COHORTS)
         self._drawing: Drawing | None = None
+        self._written: list[Text] = []
         self._spent = 0.0  # cost of the depth steps since the last tokens
         self._sampling: TextSampling | None = None
         self._reading_first = False
@@ -218,8 +220,9 @@ class Engine:
         share the room that `pace` leaves.
         """
         texts = [text for text in self._texts if text.state is None]
-        whole = self.pace.room(len(texts))
+        whole = self._room(len(texts))
         before, self._spent = (self._spent, 0.0) if texts else (0.0, 0.0)
+        forced = before > whole
         room = whole - before
         drawing = bool(self._drawing or self._pictures)
         read_first = bool(self._readings) and (self._reading_first or not drawing)
@@ -233,6 +236,11 @@ class Engine:
         if not read_first:
             pieces = self._pieces(room, 0)
         hidden, at = self._forward(texts, chosen, pieces)
+        if self.steering is not None:
+            fed = any(picture.state is None for picture in chosen)
+            usual = texts == self._written
+            self.steering.written(len(texts), bool(before or pieces or fed), forced or room < 0, usual)
+        self._written = texts
         if self._drawing is None:
             chosen = self._with_read(chosen, whole)
             if chosen:
@@ -240,6 +248,10 @@ class Engine:
                 self._drawing = Drawing(self.step_maker, cohort, self._states(cohort, hidden, at))
         if not texts or not self._reading_first:  # else what is left between the next two tokens is for prompts
             self._draw(whole)
+
+    def _room(self, texts: int) -> float:
+        """Return the work that may be done beside so many texts between two of their tokens."""
+        return self.pace.room(texts) if self.steering is None else self.steering.room(texts)
 
     def _pieces(self, room: float, least: int) -> list[tuple[Reading, int]]:
         """Return how many positions of which prompts are read now, the oldest first."""
@@ -258,7 +270,7 @@ class Engine:
         if not limited:
             return list(pictures)
         chosen: list[Picture] = []
-        whole = self.pace.room(len(self._texts))
+        whole = self._room(len(self._texts))
         new = rows = 0
         for picture in pictures:
             new += len(picture.rows) if picture.state is None else 0
