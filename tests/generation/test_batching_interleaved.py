@@ -457,5 +457,7 @@ def test_requests_are_checked(model: Any) -> None:
         replace(good, unconditional={})
     with pytest.raises(ValueError, match="max_pictures is -1"):
         replace(good.rules, max_pictures=-1)
+    with pytest.raises(ValueError, match="kind video has 6 positions; it must be whole pictures of 4"):
+        AnswerRules.of(model, 6)
     with pytest.raises(ValueError, match=r"5 positions fill the context of 5"):
         replace(good, rules=replace(good.rules, context=5))

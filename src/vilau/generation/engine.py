@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
@@ -12,11 +12,11 @@ from vilau.generation.interleaved import VisualKind
 from vilau.generation.pace import Pace, Steering, clock_of, measured, weighed
 from vilau.generation.position import Networks, VisualStep
 from vilau.generation.prepared import AUTO_LIMIT, packable, packed_bytes, prepare
+from vilau.generation.reading import Reader
 from vilau.generation.requests import (
     InterleavedRequest,
     PictureEnd,
     PictureStart,
-    Prompt,
     SequenceEnd,
     TextRequest,
     TextToken,
@@ -26,9 +26,8 @@ from vilau.generation.requests import (
 )
 from vilau.generation.running import Answer, Cohort, Drawing, Job, Picture, Reading, Target, Text, TextSampling
 from vilau.generation.sampling import row_seeds
-from vilau.generation.slots import Prefix, Row, SlotStore, StoreLanguage, copy_row, plan
+from vilau.generation.slots import Row, SlotStore, StoreLanguage, plan
 
-_KEPT_PREFIXES = 4
 _KEPT_COHORTS = 4
 _WORTH_PACKING = 32 << 20
 
@@ -95,8 +94,7 @@ class Engine:
         self._store = SlotStore(self.model.config.text_config, weight.detach(), self.positions)
         self._texts: list[Text] = []
         self._pictures: deque[Picture] = deque()
-        self._readings: list[Reading] = []
-        self._prefixes: OrderedDict[Any, Prefix] = OrderedDict()
+        self._reader = Reader(self._store, self.model.config.hidden_size, self._place)
         self._cohorts: deque[Cohort] = deque(maxlen=_KEPT_COHORTS)
         self._drawing: Drawing | None = None
         self._written: list[Text] = []
@@ -115,17 +113,17 @@ class Engine:
         seeds = row_seeds(request.seed, request.n, "cpu").tolist()
         for number, seed in enumerate(seeds):
             if isinstance(request, InterleavedRequest):  # its rows without the prompt come with its pictures
-                (row,) = self._reserve(job.each.capacities[:1])
+                (row,) = self._reader.reserve(job.each.capacities[:1])
                 job.sequences.append(Answer(job, request, number, seed, row))
                 continue
-            row, *more = self._reserve(job.each.capacities)
+            row, *more = self._reader.reserve(job.each.capacities)
             if isinstance(request, TextRequest):
                 job.sequences.append(Text(job, request, number, seed, row))
                 continue
             empty = more[0] if more else None
             scales, options = request.scales(), request.sampling
             job.sequences.append(Picture(job, options, number, seed, scales, row, empty, self._sound()))
-        self._read(request.prompt, [Target(sequence, sequence.row, False) for sequence in job.sequences])
+        self._reader.read(request.prompt, [Target(sequence, sequence.row, False) for sequence in job.sequences])
         empties = [
             Target(picture, picture.empty, True)
             for picture in job.sequences
@@ -133,48 +131,10 @@ class Engine:
         ]
         if empties:
             assert isinstance(request, VisualSequenceRequest) and request.unconditional is not None
-            self._read(request.unconditional, empties)
+            self._reader.read(request.unconditional, empties)
 
     def _sound(self) -> torch.Tensor:
         return torch.ones((), dtype=torch.bool, device=self.device)
-
-    def _reserve(self, capacities: Sequence[int]) -> list[Row]:
-        """Return an empty row of each capacity, or none at all; kept prompts give way."""
-        rows: list[Row] = []
-        try:
-            for capacity in capacities:
-                while self._prefixes and not self._store.has_room(capacity):
-                    _, prefix = self._prefixes.popitem(last=False)
-                    self._store.kept -= prefix.length
-                rows.append(self._store.reserve(capacity))
-        except Exception:
-            for row in rows:
-                self._store.release(row)
-            raise
-        return rows
-
-    def _read(self, prompt: Prompt, targets: list[Target]) -> None:
-        """Begin to read a prompt, or take it from where it was or is being read."""
-        if prompt.key is not None:
-            prefix = self._prefixes.get(prompt.key)
-            if prefix is not None and prefix.length == prompt.length:
-                self._prefixes.move_to_end(prompt.key)
-                for target in targets:
-                    prefix.fill(target.row)
-                    self._place(target, prefix.state)
-                return
-            for reading in self._readings:
-                if reading.prompt.key == prompt.key and reading.prompt.length == prompt.length:
-                    reading.targets.extend(targets)
-                    return
-        embeds = prompt.embeds()
-        expected = (prompt.length, self.model.config.hidden_size)
-        if tuple(embeds.shape) != expected:
-            raise ValueError(f"the prompt's embeddings have the shape {tuple(embeds.shape)}; {expected} was announced")
-        embeds = embeds.to(self.device, self.dtype)
-        if not bool(torch.isfinite(embeds).all()):
-            raise ValueError("the prompt's embeddings hold NaN or infinite numbers")
-        self._readings.append(Reading(prompt, embeds, targets))
 
     def _place(self, target: Target, state: torch.Tensor) -> None:
         sequence = target.sequence
@@ -191,13 +151,7 @@ class Engine:
         if sequence.gone:
             return
         drawing = sequence.drawing if isinstance(sequence, Answer) else None
-        for reading in list(self._readings):
-            lead = reading.row
-            reading.targets = [t for t in reading.targets if t.sequence is not sequence and t.sequence is not drawing]
-            if not reading.targets:
-                self._readings.remove(reading)
-            elif reading.row is not lead and lead.length:
-                copy_row(lead, reading.row, lead.length)
+        self._reader.drop((sequence, drawing))
         rows = sequence.rows
         sequence.gone = True
         if isinstance(sequence, Text):
@@ -225,8 +179,8 @@ class Engine:
         forced = before > whole
         room = whole - before
         drawing = bool(self._drawing or self._pictures)
-        read_first = bool(self._readings) and (self._reading_first or not drawing)
-        self._reading_first = bool(self._readings) and not read_first
+        read_first = self._reader.busy and (self._reading_first or not drawing)
+        self._reading_first = self._reader.busy and not read_first
         pieces = self._pieces(room, int(not before)) if read_first else []
         room -= self.pace.positions(sum(count for _, count in pieces))
         chosen: list[Picture] = []
@@ -241,6 +195,7 @@ class Engine:
             usual = texts == self._written
             self.steering.written(len(texts), bool(before or pieces or fed), forced or room < 0, usual)
         self._written = texts
+        chosen = [picture for picture in chosen if not picture.gone]
         if self._drawing is None:
             chosen = self._with_read(chosen, whole)
             if chosen:
@@ -254,16 +209,8 @@ class Engine:
         return self.pace.room(texts) if self.steering is None else self.steering.room(texts)
 
     def _pieces(self, room: float, least: int) -> list[tuple[Reading, int]]:
-        """Return how many positions of which prompts are read now, the oldest first."""
-        left = max(least, self.pace.positions_in(room, self.prefill))
-        pieces = []
-        for reading in self._readings:
-            count = min(left, reading.left)
-            if count < 1:
-                break
-            pieces.append((reading, count))
-            left -= count
-        return pieces
+        """Return how many positions of which prompts are read now, as many as there is room for."""
+        return self._reader.pieces(max(least, self.pace.positions_in(room, self.prefill)))
 
     def _choose(self, pictures: Iterable[Picture], room: float, limited: bool, least_one: bool) -> list[Picture]:
         """Return the pictures whose next position begins now: all, or beside texts the first that there is room for."""
@@ -311,7 +258,7 @@ class Engine:
             at = {id(row): number for number, row in enumerate(ordered)}
             for row in ordered:
                 row.length += 1
-            self._finish_readings(pieces, hidden, len(ordered))
+            self._reader.finish(pieces, hidden, len(ordered))
         fresh = [text for text in self._texts if text.state is not None]
         if texts or fresh:
             own = hidden[[at[id(text.row)] for text in texts]]
@@ -344,31 +291,6 @@ class Engine:
             found = [torch.cat(sources).index_select(0, order)]
         found += [reading.next(count) for reading, count in pieces]
         return torch.cat(found)
-
-    def _finish_readings(self, pieces: Sequence[tuple[Reading, int]], hidden: torch.Tensor, start: int) -> None:
-        for reading, count in pieces:
-            start += count
-            reading.row.length += count
-            if reading.left:
-                continue
-            self._readings.remove(reading)
-            state, lead = hidden[start - 1], reading.row
-            for target in reading.targets[1:]:
-                copy_row(lead, target.row, lead.length)
-            self._keep(reading, state)
-            for target in reading.targets:
-                self._place(target, state)
-
-    def _keep(self, reading: Reading, state: torch.Tensor) -> None:
-        """Keep what was read for later requests, if it has a key and there is memory."""
-        length = reading.prompt.length
-        if reading.prompt.key is None or self._store.positions + self._store.kept + length > self._store.limit:
-            return
-        self._prefixes[reading.prompt.key] = Prefix.of(reading.row, length, state.clone())
-        self._store.kept += length
-        if len(self._prefixes) > _KEPT_PREFIXES:
-            _, dropped = self._prefixes.popitem(last=False)
-            self._store.kept -= dropped.length
 
     def _kept_cohort(self, pictures: Sequence[Picture]) -> Cohort | None:
         return next((cohort for cohort in self._cohorts if cohort.serves(pictures)), None)
@@ -432,11 +354,11 @@ class Engine:
         answer.job.handle.emit(PictureStart(answer.number, answer.pictures, kind, positions))
         try:
             guided = bool(last_guided(request.scales(kind)))
-            empty = self._reserve(answer.job.each.capacities[1:])[0] if guided else None
+            empty = self._reader.reserve(answer.job.each.capacities[1:])[0] if guided else None
             picture = answer.begin(kind, empty, self._sound())
-            self._go_on(answer, Target(picture, answer.row, False), self._token_embeds([token]))
+            self._reader.go_on(Target(picture, answer.row, False), self._token_embeds([token]))
             if empty is not None:
-                self._read(request.unconditional[kind], [Target(picture, empty, True)])
+                self._reader.read(request.unconditional[kind], [Target(picture, empty, True)])
         except Exception as error:
             self.failed(answer.job, error)
 
@@ -453,11 +375,7 @@ class Engine:
         assert picture.codes is not None
         end = self._token_embeds([answer.mixed.rules.ends[picture.kind]])
         embeds = torch.cat([self._code_embeds(picture.codes.unsqueeze(0)), end])
-        self._go_on(answer, Target(answer, answer.row, False), embeds)
-
-    def _go_on(self, answer: Answer, target: Target, embeds: torch.Tensor) -> None:
-        """Read the next positions ``(n, H)`` of an answer, before prompts, of which it is not to wait for any."""
-        self._readings.insert(0, Reading(Prompt.of(embeds), embeds, [target], answer.row.length))
+        self._reader.go_on(Target(answer, answer.row, False), embeds)
 
     def _token_embeds(self, tokens: list[int]) -> torch.Tensor:
         return self.model.get_input_embeddings()(torch.tensor(tokens).to(self.device, non_blocking=True))
@@ -479,7 +397,10 @@ class Engine:
             return
         self._drawing = None
         codes, sound = drawing.state.codes.clone().unbind(), drawing.cohort.sound.clone().unbind()
-        for picture, own, finite in zip(drawing.cohort.pictures, codes, sound, strict=True):
+        drawn = drawing.cohort.pictures
+        if len(drawn) < len(self._pictures):  # those that were not drawn come first
+            self._pictures = deque(sorted(self._pictures, key=lambda picture: picture in drawn))
+        for picture, own, finite in zip(drawn, codes, sound, strict=True):
             if not picture.gone:
                 self._advance(picture, own, finite)
 
@@ -499,8 +420,6 @@ class Engine:
         if picture.empty is not None and not picture.guided_still:
             empty, picture.empty = picture.empty, None
             self._store.release(empty)
-        self._pictures.remove(picture)
-        self._pictures.append(picture)
 
 
 def _networks(model: ServedModel, rows: int, kernel: str | None) -> Networks:

@@ -106,6 +106,11 @@ class AnswerRules:
     def __post_init__(self) -> None:
         if self.max_pictures < 0:
             raise ValueError(f"max_pictures is {self.max_pictures}; it must be at least 0")
+        for kind, positions in self.positions.items():
+            if positions < 1 or positions % self.per_picture:
+                raise ValueError(
+                    f"a part of kind {kind} has {positions} positions; it must be whole pictures of {self.per_picture}"
+                )
 
     @classmethod
     def of(cls, model: TextModel, video_positions: int, max_pictures: int = 4) -> AnswerRules:
