@@ -31,7 +31,7 @@ class Policy:
         text_pace: how many times longer than alone a token of text may take while pictures are drawn and prompts are
             read beside it; pictures then advance by pieces of a position. Infinite: all advance together.
         free_rows: rows whose products cost as much as reading the weights, so that `text_pace` goes by weights; absent,
-            a short trial measures what the pieces of work cost on this machine.
+            a short trial measures what the pieces of work cost on this machine, and the batch corrects it as it runs.
     """
 
     queue_limit: int = 64
