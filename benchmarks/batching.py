@@ -9,6 +9,7 @@ so that other programs disturb it little.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -25,9 +26,17 @@ from vilau.evaluation.machine import machine_name
 from vilau.generation.batching import ContinuousBatch, Policy
 from vilau.generation.position import VisualStep
 from vilau.generation.prepared import prepare
-from vilau.generation.requests import Handle, Prompt, TextRequest, TextToken, VisualPosition, VisualSequenceRequest
+from vilau.generation.requests import (
+    Event,
+    Handle,
+    Prompt,
+    TextRequest,
+    TextToken,
+    VisualPosition,
+    VisualSequenceRequest,
+)
 from vilau.generation.sampling import SamplingOptions
-from vilau.generation.visual import run_codes
+from vilau.generation.visual import VisualRequest, begin, run_codes
 from vilau.model import VilaUForConditionalGeneration
 from vilau.shipped import SHIPPED_MODEL
 
@@ -68,8 +77,8 @@ class Bench:
         prompt = Prompt.of(self.embeds[number % len(self.embeds)])
         return VisualSequenceRequest(prompt, count, count, OPTIONS, number, 1, self.empty)
 
-    def static(self, count: int) -> torch.Tensor:
-        """Codes of so many pictures in one batch that starts and ends together, their prompts read too."""
+    def static_work(self, count: int) -> tuple[VisualStep, VisualRequest]:
+        """So many pictures for one batch that starts and ends together."""
         request = self.model.visual_request(
             self.embeds[:count],
             torch.ones_like(self.ids[:count]),
@@ -84,7 +93,17 @@ class Bench:
         object.__setattr__(request, "positions", self.positions)
         object.__setattr__(request, "per_picture", self.positions)
         kernel = None if self.name == "nano" else "mkldnn"  # that of the running batch
-        return run_codes(VisualStep(prepare(self.model, 2 * count, kernel)), request)
+        return VisualStep(prepare(self.model, 2 * count, kernel)), request
+
+    def static(self, count: int) -> torch.Tensor:
+        """Codes of such a batch, its prompts read too."""
+        return run_codes(*self.static_work(count))
+
+    def reading(self, count: int) -> None:
+        """Its beginning alone: the prompts are read and copied into its rows."""
+        step, request = self.static_work(count)
+        with torch.no_grad():
+            begin(step.networks, request)
 
     def continuous(self, batch: ContinuousBatch, count: int) -> torch.Tensor:
         """The same pictures as requests that arrive together."""
@@ -102,33 +121,45 @@ def spent(work: Callable[..., Any], *arguments: Any) -> float:
 
 
 def throughput(bench: Bench, repeat: int) -> list[dict[str, Any]]:
-    """Positions per processor second: static, arriving together, and one after another in a batch that stays full."""
+    """Positions per processor second: static, arriving together, and one after another in a batch that stays full.
+
+    `joining_and_leaving` compares with the static batch as it is, `like_for_like` with the time that static batches
+    take for as many prompts and as many positions: the time of their beginning for each prompt, the rest for each
+    position.
+    """
     rows = []
     for count in sorted({1, 4, bench.slots}):
         batch = bench.batch(count)
         same = torch.equal(bench.static(count), bench.continuous(batch, count))
         pairs = []
         for _ in range(repeat):
-            static = count * bench.positions / spent(bench.static, count)
-            together = count * bench.positions / spent(bench.continuous, batch, count)
-            pairs.append((static, together, churn(bench, batch, count)))
+            static, read = spent(bench.static, count), min(spent(bench.reading, count) for _ in range(3))
+            together = spent(bench.continuous, batch, count)
+            time_taken, positions, prompts = churn(bench, batch, count)
+            each = static / (count * bench.positions)
+            floor = prompts * read / count + positions * (static - read) / (count * bench.positions)
+            shares = static / together, each * positions / time_taken, floor / time_taken
+            pairs.append((1 / each, *shares, prompts / positions * bench.positions))
+        middle = [statistics.median(values) for values in zip(*pairs, strict=True)]
         rows.append(
             {
                 "pictures": count,
-                "static_positions_per_s": statistics.median(static for static, _, _ in pairs),
-                "together": statistics.median(b / a for a, b, _ in pairs),
-                "joining_and_leaving": statistics.median(c / a for a, _, c in pairs),
+                "static_positions_per_s": middle[0],
+                "together": middle[1],
+                "joining_and_leaving": middle[2],
+                "like_for_like": middle[3],
+                "prompts_for_one": middle[4],
                 "same_codes": same,
             }
         )
     return rows
 
 
-def churn(bench: Bench, batch: ContinuousBatch, count: int) -> float:
-    """Positions per processor second of a batch whose pictures begin and end at different times, always full.
+def churn(bench: Bench, batch: ContinuousBatch, count: int) -> tuple[float, int, int]:
+    """Processor seconds, positions and prompts of a batch whose pictures begin and end at different times, always full.
 
-    Each one that ends is followed by a new one, whose prompt is read in between; as many positions are counted as two
-    static batches have.
+    Each one that ends is followed by a new one, whose prompt is read in between; it runs for as many positions as two
+    static batches have. Prompts are those whose picture has begun.
     """
     generator = torch.Generator().manual_seed(1)
     number = 0
@@ -137,20 +168,21 @@ def churn(bench: Bench, batch: ContinuousBatch, count: int) -> float:
         part = int(torch.randint(bench.positions // 4, bench.positions + 1, (1,), generator=generator))
         running.append(batch.submit(bench.picture(number, part)))
         number += 1
-    made, goal, start = 0, 2 * count * bench.positions, time.thread_time()
+    made, prompts, goal, start = 0, 0, 2 * count * bench.positions, time.thread_time()
     while made < goal:
         batch.step()
         for place, handle in enumerate(running):
-            events = handle.poll()
-            made += sum(isinstance(event, VisualPosition) for event in events)
+            positions = [event.done for event in handle.poll() if isinstance(event, VisualPosition)]
+            made += len(positions)
+            prompts += 1 in positions
             if handle.done:
                 running[place] = batch.submit(bench.picture(number))
                 number += 1
-    rate = made / (time.thread_time() - start)
+    taken = time.thread_time() - start
     batch.cancel_all()
     while batch.step():
         pass
-    return rate
+    return taken, made, prompts
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -169,13 +201,20 @@ def gaps(bench: Bench, batch: ContinuousBatch, texts: int, pictures: int) -> tup
         batch.step()
     for handle in drawn:
         handle.poll()
-    found, begun = [], time.thread_time()
+    times: list[float] = []
+    emit = written[0].emit
+
+    def timed(event: Event) -> None:
+        if isinstance(event, TextToken):
+            times.append(time.thread_time())
+        emit(event)
+
+    written[0].emit = timed  # type: ignore[method-assign]
+    begun = time.thread_time()
     while not written[0].done:
-        start = time.thread_time()
         batch.step()
-        assert any(isinstance(event, TextToken) for event in written[0].poll())
-        found.append(time.thread_time() - start)
     length = time.thread_time() - begun
+    found = [after - before for before, after in itertools.pairwise(times)]
     made = sum(isinstance(event, VisualPosition) for handle in drawn for event in handle.poll())
     batch.cancel_all()
     while batch.step():
@@ -278,12 +317,16 @@ def run(names: list[str], slots: int, repeat: int) -> dict[str, Any]:
 
 def tables(name: str, part: dict[str, Any]) -> str:
     """Return the figures of a model as Markdown."""
-    lines = [f"\n### {name}\n", "| pictures | static, positions/s | together | joining and leaving | same codes |"]
-    lines.append("| --- | --- | --- | --- | --- |")
+    lines = [
+        f"\n### {name}\n",
+        "| pictures | static, positions/s | together | joining and leaving | like for like | prompts | same codes |",
+    ]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
     for row in part["throughput"]:
         lines.append(
             f"| {row['pictures']} | {row['static_positions_per_s']:.1f} | {row['together']:.2f} "
-            f"| {row['joining_and_leaving']:.2f} | {'yes' if row['same_codes'] else 'up to rounding'} |"
+            f"| {row['joining_and_leaving']:.2f} | {row['like_for_like']:.2f} | {row['prompts_for_one']:.2f} "
+            f"| {'yes' if row['same_codes'] else 'up to rounding'} |"
         )
     written = part["text_throughput"]
     lines.append(

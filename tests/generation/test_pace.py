@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from vilau.generation.pace import Cost, Pace, measured, weighed
+from vilau.generation.pace import Cost, Pace, Steering, measured, weighed
 from vilau.generation.position import Networks
 from vilau.generation.slots import SlotStore, StoreLanguage
 
@@ -46,3 +47,55 @@ def test_costs_are_measured_and_leave_nothing(make_model: Callable[..., Any]) ->
         assert store.positions == 0
         assert pace.language.row > 0 and pace.head.row > 0 and 0 < pace.room(1) < 60
         assert (pace.depth_step(2) > 0) == (model.depth_transformer is not None)
+
+
+class World:
+    """Tokens whose time is not what was estimated: ``base`` seconds alone, ``extra`` for each second of work beside."""
+
+    def __init__(self, base: float, extra: float) -> None:
+        self.base, self.extra = base, extra
+        self.now = 0.0
+        self.rng = random.Random(0)
+        self.steering = Steering(Pace(1.5, Cost(0.9, 0.0), Cost(0.1, 0.0), Cost(0.1, 0.0)), lambda: self.now)
+
+    def token(self, work: float, forced: bool = False) -> float:
+        """One token with so much estimated work beside it, in a time that varies; return that time."""
+        taken = (self.base + self.extra * work) * self.rng.uniform(0.95, 1.05)
+        self.now += taken
+        self.steering.written(1, work > 0, forced, True)
+        return taken
+
+
+@pytest.mark.parametrize("extra", [0.7, 1.0, 3.0])
+def test_wrong_estimates_are_corrected(extra: float) -> None:
+    """Whether work beside texts costs more or less than the trial said, and all twice as much: about one token of a
+    hundred becomes late, and the room is used."""
+    world = World(2.0, 2 * extra)
+    for _ in range(300):
+        world.token(0.0)
+    assert 2.0 <= world.steering.alone <= 2.4
+    for _ in range(1500):
+        world.token(world.steering.room(1))
+    taken = [world.token(world.steering.room(1)) for _ in range(2000)]
+    late = sum(seconds > 1.5 * world.steering.alone for seconds in taken)
+    assert late <= 0.03 * len(taken)
+    assert sum(taken) / len(taken) > (1.2 if extra >= 1 else 1.1) * world.base
+
+
+def test_what_cannot_be_helped_teaches_nothing() -> None:
+    """The least that is always done, another set of texts, and times without text leave the room as it is; however late
+    tokens are, some room remains."""
+    world = World(1.0, 1.0)
+    before = world.steering.share
+    for _ in range(50):
+        world.token(9.0, forced=True)
+    assert world.steering.share == before and world.steering.room(0) == float("inf")
+    world.now += 1000.0
+    world.steering.written(1, True, False, False)
+    world.steering.written(0, True, False, True)
+    world.now += 1000.0
+    world.steering.written(1, True, False, True)
+    assert world.steering.share == before
+    for _ in range(500):
+        world.token(9.0)
+    assert world.steering.room(1) == pytest.approx(0.1 * 0.5)

@@ -1,4 +1,4 @@
-"""Continuous batching: texts, pictures and films join a running batch and leave it at any position.
+"""Continuous batching: texts, pictures, films and mixed answers join a running batch and leave it at any position.
 
 `ContinuousBatch` is what a server stands on. Requests come from any thread (`submit`); one thread calls `step`, or
 `run`. A request's outcome depends on itself alone: its noise comes from its own seeds, attention sees its own rows, and
@@ -14,7 +14,7 @@ import torch
 
 from vilau.generation.budget import Budget, Demand, Usage, position_bytes
 from vilau.generation.engine import Engine, ServedModel
-from vilau.generation.requests import Closed, Handle, QueueFull, Request, RequestEnd, SequenceEnd, TextRequest
+from vilau.generation.requests import Closed, Handle, QueueFull, Request, RequestEnd, SequenceEnd
 from vilau.generation.running import Job, Picture, Text
 from vilau.generation.slots import check_language
 
@@ -31,7 +31,7 @@ class Policy:
         text_pace: how many times longer than alone a token of text may take while pictures are drawn and prompts are
             read beside it; pictures then advance by pieces of a position. Infinite: all advance together.
         free_rows: rows whose products cost as much as reading the weights, so that `text_pace` goes by weights; absent,
-            a short trial measures what the pieces of work cost on this machine.
+            a short trial measures what the pieces of work cost on this machine, and the batch corrects it as it runs.
     """
 
     queue_limit: int = 64
@@ -139,7 +139,7 @@ class ContinuousBatch:
             Closed: the batch is being drained.
             ValueError: pictures are asked of a model that cannot draw.
         """
-        visual = not isinstance(request, TextRequest)
+        visual = request.visual
         if visual and self.model.depth_transformer is None:
             raise ValueError("this model reads continuous tokens and cannot draw pictures; ask it for text")
         each = self.budget.demand(request.row_lengths, 1)
@@ -306,8 +306,6 @@ class ContinuousBatch:
         self._engine.reset()
         for job in jobs:
             job.handle.emit(RequestEnd("failed", error))
-
-    # ---- one step
 
 
 __all__ = ["BatchState", "ContinuousBatch", "Policy"]

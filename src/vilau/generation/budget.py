@@ -101,7 +101,7 @@ class Budget:
                 f"the request needs {longest} positions, its prompt included, but a row holds {self.max_positions}; "
                 "shorten the prompt or ask for less"
             )
-        capacities = tuple(row_capacity(length, self.max_positions) for length in lengths)
+        capacities = _alike([row_capacity(length, self.max_positions) for length in lengths])
         return Demand(copies, capacities * copies)
 
     def check(self, demand: Demand, visual: bool) -> None:
@@ -119,6 +119,15 @@ class Budget:
                 f"positions of {self.position_bytes:,} bytes), but {mib(limit)} are all there is"
                 f"{' for pictures and films' if visual else ''}; ask for fewer or shorter ones, or raise memory_limit"
             )
+
+
+def _alike(capacities: Sequence[int]) -> tuple[int, ...]:
+    """Return the capacities of a sequence's rows, those next below the largest raised to it.
+
+    The rows of a picture then lie in one block and are attended to in one go.
+    """
+    largest = max(capacities)
+    return tuple(largest if 4 * largest <= 5 * capacity else capacity for capacity in capacities)
 
 
 @dataclass

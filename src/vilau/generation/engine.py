@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 
-from vilau.generation.pace import Pace, measured, weighed
+from vilau.generation.interleaved import VisualKind
+from vilau.generation.pace import Pace, Steering, clock_of, measured, weighed
 from vilau.generation.position import Networks, VisualStep
 from vilau.generation.prepared import AUTO_LIMIT, packable, packed_bytes, prepare
-from vilau.generation.requests import Prompt, SequenceEnd, TextRequest, TextToken, VisualPosition
-from vilau.generation.running import Cohort, Drawing, Job, Picture, Reading, Target, Text, TextSampling
+from vilau.generation.reading import Reader
+from vilau.generation.requests import (
+    InterleavedRequest,
+    PictureEnd,
+    PictureStart,
+    SequenceEnd,
+    TextRequest,
+    TextToken,
+    VisualPosition,
+    VisualSequenceRequest,
+    last_guided,
+)
+from vilau.generation.running import Answer, Cohort, Drawing, Job, Picture, Reading, Target, Text, TextSampling
 from vilau.generation.sampling import row_seeds
-from vilau.generation.slots import Prefix, Row, SlotStore, StoreLanguage, copy_row, plan
+from vilau.generation.slots import Row, SlotStore, StoreLanguage, plan
 
-_KEPT_PREFIXES = 4
+_KEPT_COHORTS = 4
 _WORTH_PACKING = 32 << 20
 
 
@@ -65,14 +77,15 @@ class Engine:
         self.step_maker = VisualStep(networks)
         self.language = StoreLanguage(networks.language)
         self.reset()
-        self.pace = self._pace(text_pace, free_rows)
+        self.pace, self.steering = self._steered(text_pace, free_rows)
 
-    def _pace(self, limit: float, free_rows: float | None) -> Pace:
-        """Return what the pieces of work cost; nobody asks where there is no limit."""
+    def _steered(self, limit: float, free_rows: float | None) -> tuple[Pace, Steering | None]:
+        """Return what the pieces of work cost, and what corrects it if it is measured; no limit needs neither."""
         networks, head = self.step_maker.networks, self.model.get_output_embeddings()
         if free_rows is None and limit < float("inf") and self.positions >= 64 * 16:
-            return measured(networks, self.language, head, self._store, limit)
-        return weighed(networks, head.weight.numel(), limit, free_rows or 16.0)
+            pace = measured(networks, self.language, head, self._store, limit)
+            return pace, Steering(pace, clock_of(self.device))
+        return weighed(networks, head.weight.numel(), limit, free_rows or 16.0), None
 
     def reset(self) -> None:
         """Forget everything and give all memory back."""
@@ -81,10 +94,11 @@ class Engine:
         self._store = SlotStore(self.model.config.text_config, weight.detach(), self.positions)
         self._texts: list[Text] = []
         self._pictures: deque[Picture] = deque()
-        self._readings: list[Reading] = []
-        self._prefixes: OrderedDict[Any, Prefix] = OrderedDict()
-        self._cohort: Cohort | None = None
+        self._reader = Reader(self._store, self.model.config.hidden_size, self._place)
+        self._cohorts: deque[Cohort] = deque(maxlen=_KEPT_COHORTS)
         self._drawing: Drawing | None = None
+        self._written: list[Text] = []
+        self._spent = 0.0  # cost of the depth steps since the last tokens
         self._sampling: TextSampling | None = None
         self._reading_first = False
 
@@ -98,59 +112,29 @@ class Engine:
         request = job.handle.request
         seeds = row_seeds(request.seed, request.n, "cpu").tolist()
         for number, seed in enumerate(seeds):
-            row, *more = self._reserve(job.each.capacities)
+            if isinstance(request, InterleavedRequest):  # its rows without the prompt come with its pictures
+                (row,) = self._reader.reserve(job.each.capacities[:1])
+                job.sequences.append(Answer(job, request, number, seed, row))
+                continue
+            row, *more = self._reader.reserve(job.each.capacities)
             if isinstance(request, TextRequest):
                 job.sequences.append(Text(job, request, number, seed, row))
                 continue
-            sound = torch.ones((), dtype=torch.bool, device=self.device)
             empty = more[0] if more else None
-            job.sequences.append(Picture(job, request, number, seed, request.scales().tolist(), row, empty, sound))
-        self._read(request.prompt, [Target(sequence, sequence.row, False) for sequence in job.sequences])
+            scales, options = request.scales(), request.sampling
+            job.sequences.append(Picture(job, options, number, seed, scales, row, empty, self._sound()))
+        self._reader.read(request.prompt, [Target(sequence, sequence.row, False) for sequence in job.sequences])
         empties = [
             Target(picture, picture.empty, True)
             for picture in job.sequences
             if isinstance(picture, Picture) and picture.empty is not None
         ]
-        if empties and not isinstance(request, TextRequest) and request.unconditional is not None:
-            self._read(request.unconditional, empties)
+        if empties:
+            assert isinstance(request, VisualSequenceRequest) and request.unconditional is not None
+            self._reader.read(request.unconditional, empties)
 
-    def _reserve(self, capacities: Sequence[int]) -> list[Row]:
-        """Return an empty row of each capacity, or none at all; kept prompts give way."""
-        rows: list[Row] = []
-        try:
-            for capacity in capacities:
-                while self._prefixes and not self._store.has_room(capacity):
-                    _, prefix = self._prefixes.popitem(last=False)
-                    self._store.kept -= prefix.length
-                rows.append(self._store.reserve(capacity))
-        except Exception:
-            for row in rows:
-                self._store.release(row)
-            raise
-        return rows
-
-    def _read(self, prompt: Prompt, targets: list[Target]) -> None:
-        """Begin to read a prompt, or take it from where it was or is being read."""
-        if prompt.key is not None:
-            prefix = self._prefixes.get(prompt.key)
-            if prefix is not None and prefix.length == prompt.length:
-                self._prefixes.move_to_end(prompt.key)
-                for target in targets:
-                    prefix.fill(target.row)
-                    self._place(target, prefix.state)
-                return
-            for reading in self._readings:
-                if reading.prompt.key == prompt.key and reading.prompt.length == prompt.length:
-                    reading.targets.extend(targets)
-                    return
-        embeds = prompt.embeds()
-        expected = (prompt.length, self.model.config.hidden_size)
-        if tuple(embeds.shape) != expected:
-            raise ValueError(f"the prompt's embeddings have the shape {tuple(embeds.shape)}; {expected} was announced")
-        embeds = embeds.to(self.device, self.dtype)
-        if not bool(torch.isfinite(embeds).all()):
-            raise ValueError("the prompt's embeddings hold NaN or infinite numbers")
-        self._readings.append(Reading(prompt, embeds, targets))
+    def _sound(self) -> torch.Tensor:
+        return torch.ones((), dtype=torch.bool, device=self.device)
 
     def _place(self, target: Target, state: torch.Tensor) -> None:
         sequence = target.sequence
@@ -163,22 +147,19 @@ class Engine:
             self._pictures.append(sequence)
 
     def leave(self, sequence: Text | Picture) -> None:
+        """Take a sequence out and free its rows; an answer with the picture that it draws."""
         if sequence.gone:
             return
-        for reading in list(self._readings):
-            lead = reading.row
-            reading.targets = [target for target in reading.targets if target.sequence is not sequence]
-            if not reading.targets:
-                self._readings.remove(reading)
-            elif reading.row is not lead and lead.length:
-                copy_row(lead, reading.row, lead.length)
+        drawing = sequence.drawing if isinstance(sequence, Answer) else None
+        self._reader.drop((sequence, drawing))
         rows = sequence.rows
         sequence.gone = True
         if isinstance(sequence, Text):
             self._texts = [text for text in self._texts if text is not sequence]
             self._sampling = None
-        elif sequence in self._pictures:
-            self._pictures.remove(sequence)
+        for picture in (sequence, drawing):
+            if isinstance(picture, Picture):
+                self._forget(picture)
         for row in rows:
             self._store.release(row)
 
@@ -187,55 +168,56 @@ class Engine:
         self.finished(sequence, event)
 
     def turn(self) -> None:
-        """One pass of the language model over what is due, then the text head and depth steps."""
+        """One pass of the language model over what is due, then the text head and depth steps.
+
+        What a text waits for between two tokens are the depth steps after the one and the pass with the other: both
+        share the room that `pace` leaves.
+        """
         texts = [text for text in self._texts if text.state is None]
-        room = self.pace.room(len(texts))
+        whole = self._room(len(texts))
+        before, self._spent = (self._spent, 0.0) if texts else (0.0, 0.0)
+        forced = before > whole
+        room = whole - before
         drawing = bool(self._drawing or self._pictures)
-        read_first = bool(self._readings) and (self._reading_first or not drawing)
-        self._reading_first = bool(self._readings) and not read_first
-        pieces: list[tuple[Reading, int]] = []
-        if read_first:
-            pieces = self._pieces(room, 1)
-            room -= self.pace.positions(sum(count for _, count in pieces))
+        read_first = self._reader.busy and (self._reading_first or not drawing)
+        self._reading_first = self._reader.busy and not read_first
+        pieces = self._pieces(room, int(not before)) if read_first else []
+        room -= self.pace.positions(sum(count for _, count in pieces))
         chosen: list[Picture] = []
         if self._drawing is None:
-            chosen = self._choose(self._pictures, room, bool(texts), not read_first)
+            chosen = self._choose(self._pictures, room, bool(texts), not read_first and not before)
             room -= self.pace.positions(sum(len(picture.rows) for picture in chosen if picture.state is None))
-            due = not texts
-        else:
-            due = not read_first
-        if not read_first and self._readings:
-            left = room - (self.pace.depth_step(self._drawing.rows) if self._drawing and texts else 0)
-            pieces = self._pieces(left, 0)
-            room -= self.pace.positions(sum(count for _, count in pieces))
-        cohort = self._cohort_of(chosen) if chosen else None
-        hidden, at = self._forward(texts, cohort, pieces)
-        if cohort is None and self._drawing is None:
-            read = [picture for picture in self._pictures if picture.state is not None]
-            read = self._choose(read, room, bool(texts), False)
-            cohort = self._cohort_of(read) if read else None
-        if cohort is not None:
-            self._drawing = Drawing(self.step_maker, cohort, self._states(cohort, hidden, at))
-        self._draw(room, due)
+        if not read_first:
+            pieces = self._pieces(room, 0)
+        hidden, at = self._forward(texts, chosen, pieces)
+        if self.steering is not None:
+            fed = any(picture.state is None for picture in chosen)
+            usual = texts == self._written
+            self.steering.written(len(texts), bool(before or pieces or fed), forced or room < 0, usual)
+        self._written = texts
+        chosen = [picture for picture in chosen if not picture.gone]
+        if self._drawing is None:
+            chosen = self._with_read(chosen, whole)
+            if chosen:
+                cohort = self._cohort_of(chosen)
+                self._drawing = Drawing(self.step_maker, cohort, self._states(cohort, hidden, at))
+        if not texts or not self._reading_first:  # else what is left between the next two tokens is for prompts
+            self._draw(whole)
+
+    def _room(self, texts: int) -> float:
+        """Return the work that may be done beside so many texts between two of their tokens."""
+        return self.pace.room(texts) if self.steering is None else self.steering.room(texts)
 
     def _pieces(self, room: float, least: int) -> list[tuple[Reading, int]]:
-        """Return how many positions of which prompts are read now, the oldest first."""
-        left = max(least, self.pace.positions_in(room, self.prefill))
-        pieces = []
-        for reading in self._readings:
-            count = min(left, reading.left)
-            if count < 1:
-                break
-            pieces.append((reading, count))
-            left -= count
-        return pieces
+        """Return how many positions of which prompts are read now, as many as there is room for."""
+        return self._reader.pieces(max(least, self.pace.positions_in(room, self.prefill)))
 
     def _choose(self, pictures: Iterable[Picture], room: float, limited: bool, least_one: bool) -> list[Picture]:
         """Return the pictures whose next position begins now: all, or beside texts the first that there is room for."""
         if not limited:
             return list(pictures)
         chosen: list[Picture] = []
-        whole = self.pace.room(len(self._texts))
+        whole = self._room(len(self._texts))
         new = rows = 0
         for picture in pictures:
             new += len(picture.rows) if picture.state is None else 0
@@ -246,24 +228,37 @@ class Engine:
             chosen.append(picture)
         return chosen
 
+    def _with_read(self, chosen: list[Picture], whole: float) -> list[Picture]:
+        """Return the pictures whose next position begins now with those that have just been read, if there is room."""
+        rows = sum(len(picture.rows) for picture in chosen)
+        joined = list(chosen)
+        for picture in self._pictures:
+            if picture.state is None or picture in chosen:
+                continue
+            rows += len(picture.rows)
+            if self.pace.depth_step(rows) > whole:
+                break
+            joined.append(picture)
+        return joined
+
     def _forward(
-        self, texts: Sequence[Text], cohort: Cohort | None, pieces: Sequence[tuple[Reading, int]]
+        self, texts: Sequence[Text], chosen: Sequence[Picture], pieces: Sequence[tuple[Reading, int]]
     ) -> tuple[torch.Tensor, dict[int, int]]:
         """Feed tokens, codes and pieces of prompts; draw tokens, and make ready what has been read.
 
         Returns the states ``(N, H)`` and where those of each row, by its id, stand in them.
         """
-        fed = [] if cohort is None else [picture for picture in cohort.pictures if picture.state is None]
+        fed = [picture for picture in chosen if picture.state is None]
         at: dict[int, int] = {}
         hidden = self._store.like.new_zeros((0, self.model.config.hidden_size))
         if texts or fed or pieces:
             steps = [text.row for text in texts] + [row for picture in fed for row in picture.rows]
             work, ordered = plan(steps, [(reading.row, count) for reading, count in pieces], self._store.like)
-            hidden = self.language.forward(self._embeds(texts, fed, ordered, cohort, pieces), work)
+            hidden = self.language.forward(self._embeds(texts, fed, ordered, pieces), work)
             at = {id(row): number for number, row in enumerate(ordered)}
             for row in ordered:
                 row.length += 1
-            self._finish_readings(pieces, hidden, len(ordered))
+            self._reader.finish(pieces, hidden, len(ordered))
         fresh = [text for text in self._texts if text.state is not None]
         if texts or fresh:
             own = hidden[[at[id(text.row)] for text in texts]]
@@ -276,61 +271,45 @@ class Engine:
         texts: Sequence[Text],
         fed: Sequence[Picture],
         ordered: Sequence[Row],
-        cohort: Cohort | None,
         pieces: Sequence[tuple[Reading, int]],
     ) -> torch.Tensor:
         """Return what is fed ``(N, H)``, in the order of the pass."""
         sources: list[torch.Tensor] = []
         place: dict[int, int] = {}
         if texts:
-            tokens = torch.tensor([text.token for text in texts]).to(self.device, non_blocking=True)
-            sources.append(self.model.get_input_embeddings()(tokens))
+            sources.append(self._token_embeds([text.token for text in texts]))
             place = {id(text.row): number for number, text in enumerate(texts)}
         if fed:
-            assert cohort is not None
-            codes = cohort.state.codes
-            if len(fed) < len(cohort.pictures):
-                codes = torch.stack([picture.codes for picture in fed if picture.codes is not None])
-            networks = self.step_maker.networks
-            sources.append(networks.projector(networks.quantizer.z_q(codes)).to(self.dtype))
+            cohort = self._kept_cohort(fed)
+            codes = [picture.codes for picture in fed if picture.codes is not None] if cohort is None else []
+            sources.append(self._code_embeds(torch.stack(codes) if cohort is None else cohort.state.codes))
             for number, picture in enumerate(fed, len(texts)):
                 place |= {id(row): number for row in picture.rows}
         found = []
         if sources:
             order = torch.tensor([place[id(row)] for row in ordered]).to(self.device, non_blocking=True)
             found = [torch.cat(sources).index_select(0, order)]
-        found += [reading.embeds[reading.row.length : reading.row.length + count] for reading, count in pieces]
+        found += [reading.next(count) for reading, count in pieces]
         return torch.cat(found)
 
-    def _finish_readings(self, pieces: Sequence[tuple[Reading, int]], hidden: torch.Tensor, start: int) -> None:
-        for reading, count in pieces:
-            start += count
-            reading.row.length += count
-            if reading.left:
-                continue
-            self._readings.remove(reading)
-            state, lead = hidden[start - 1], reading.row
-            for target in reading.targets[1:]:
-                copy_row(lead, target.row, lead.length)
-            self._keep(reading, state)
-            for target in reading.targets:
-                self._place(target, state)
-
-    def _keep(self, reading: Reading, state: torch.Tensor) -> None:
-        """Keep what was read for later requests, if it has a key and there is memory."""
-        length = reading.prompt.length
-        if reading.prompt.key is None or self._store.positions + self._store.kept + length > self._store.limit:
-            return
-        self._prefixes[reading.prompt.key] = Prefix.of(reading.row, length, state.clone())
-        self._store.kept += length
-        if len(self._prefixes) > _KEPT_PREFIXES:
-            _, dropped = self._prefixes.popitem(last=False)
-            self._store.kept -= dropped.length
+    def _kept_cohort(self, pictures: Sequence[Picture]) -> Cohort | None:
+        return next((cohort for cohort in self._cohorts if cohort.serves(pictures)), None)
 
     def _cohort_of(self, pictures: Sequence[Picture]) -> Cohort:
-        if self._cohort is None or not self._cohort.serves(pictures):
-            self._cohort = Cohort(self.step_maker.networks, pictures, self.device)
-        return self._cohort
+        """Return the state of these pictures' position: kept, since beside texts groups take turns, or made."""
+        cohort = self._kept_cohort(pictures)
+        if cohort is None:
+            cohort = Cohort(self.step_maker.networks, pictures, self.device)
+            self._cohorts.appendleft(cohort)
+        return cohort
+
+    def _forget(self, picture: Picture) -> None:
+        """Let go of what is kept for a picture that is done."""
+        picture.gone = True
+        if picture in self._pictures:
+            self._pictures.remove(picture)
+        for cohort in [cohort for cohort in self._cohorts if picture in cohort.pictures]:
+            self._cohorts.remove(cohort)
 
     def _states(self, cohort: Cohort, hidden: torch.Tensor, at: dict[int, int]) -> torch.Tensor:
         """Return the states ``(R, H)`` of a cohort's rows: read just now, or from the end of their prompts."""
@@ -347,7 +326,7 @@ class Engine:
 
     def _write(self, texts: list[Text], hidden: torch.Tensor) -> None:
         """Draw one token of each text from states ``(T, H)``: the one place where the host waits for the device."""
-        if self._sampling is None or self._sampling.texts != texts:
+        if self._sampling is None or not self._sampling.serves(texts):
             self._sampling = TextSampling(texts, self.model.get_output_embeddings().weight.shape[0], self.device)
         logits = self.model.get_output_embeddings()(hidden).float()
         tokens = self._sampling.draw(logits)
@@ -359,46 +338,88 @@ class Engine:
                 continue
             text.state, text.token = None, token
             text.done += 1
+            if isinstance(text, Answer) and text.begun is not None:
+                self._begin(text, text.begun)
+                continue
             text.job.handle.emit(TextToken(text.number, token, text.done))
-            if token in text.request.stop:
-                self._complete(text, SequenceEnd(text.number, "stop"))
-            elif text.done == text.request.max_new_tokens:
-                self._complete(text, SequenceEnd(text.number, "length"))
+            if text.ending is not None:
+                self._complete(text, SequenceEnd(text.number, text.ending))
 
-    def _draw(self, room: float, due: bool) -> None:
-        """Make depth steps: one if it is due, and further ones as long as there is room."""
+    def _begin(self, answer: Answer, kind: VisualKind) -> None:
+        """Let an answer that wrote a start token draw: the token is read, and the prompt without text beside it."""
+        self._texts.remove(answer)
+        self._sampling = None
+        request, token = answer.mixed, answer.token
+        positions = request.rules.positions[kind]
+        answer.job.handle.emit(PictureStart(answer.number, answer.pictures, kind, positions))
+        try:
+            guided = bool(last_guided(request.scales(kind)))
+            empty = self._reader.reserve(answer.job.each.capacities[1:])[0] if guided else None
+            picture = answer.begin(kind, empty, self._sound())
+            self._reader.go_on(Target(picture, answer.row, False), self._token_embeds([token]))
+            if empty is not None:
+                self._reader.read(request.unconditional[kind], [Target(picture, empty, True)])
+        except Exception as error:
+            self.failed(answer.job, error)
+
+    def _end_picture(self, answer: Answer, picture: Picture) -> None:
+        """Let an answer go on with text after a picture: its last codes and its end token are read."""
+        self._forget(picture)
+        if picture.empty is not None:
+            self._store.release(picture.empty)
+        answer.drawing = None
+        answer.job.handle.emit(PictureEnd(answer.number, picture.index, picture.kind))
+        if answer.ending is not None:
+            self._complete(answer, SequenceEnd(answer.number, answer.ending))
+            return
+        assert picture.codes is not None
+        end = self._token_embeds([answer.mixed.rules.ends[picture.kind]])
+        embeds = torch.cat([self._code_embeds(picture.codes.unsqueeze(0)), end])
+        self._reader.go_on(Target(answer, answer.row, False), embeds)
+
+    def _token_embeds(self, tokens: list[int]) -> torch.Tensor:
+        return self.model.get_input_embeddings()(torch.tensor(tokens).to(self.device, non_blocking=True))
+
+    def _code_embeds(self, codes: torch.Tensor) -> torch.Tensor:
+        networks = self.step_maker.networks
+        return networks.projector(networks.quantizer.z_q(codes)).to(self.dtype)
+
+    def _draw(self, room: float) -> None:
+        """Make a depth step, and further ones as long as there is room."""
         drawing = self._drawing
         if drawing is None:
             return
-        cost = self.pace.depth_step(drawing.rows)
-        while not drawing.complete and (due or cost <= room):
+        cost, limited = self.pace.depth_step(drawing.rows), room < float("inf")
+        while not drawing.complete and (not self._spent or self._spent + cost <= room):
             drawing.advance()
-            due = False
-            room -= cost
+            self._spent += cost if limited else 0.0
         if not drawing.complete:
             return
         self._drawing = None
-        codes, sound = drawing.state.codes.clone(), drawing.cohort.sound.clone()
-        for number, picture in enumerate(drawing.cohort.pictures):
+        codes, sound = drawing.state.codes.clone().unbind(), drawing.cohort.sound.clone().unbind()
+        drawn = drawing.cohort.pictures
+        if len(drawn) < len(self._pictures):  # those that were not drawn come first
+            self._pictures = deque(sorted(self._pictures, key=lambda picture: picture in drawn))
+        for picture, own, finite in zip(drawn, codes, sound, strict=True):
             if not picture.gone:
-                self._advance(picture, codes[number], sound[number])
+                self._advance(picture, own, finite)
 
     def _advance(self, picture: Picture, codes: torch.Tensor, sound: torch.Tensor) -> None:
         """Note a picture's new codes, and let it leave with the last ones."""
         picture.codes, picture.sound = codes, sound
         picture.done += 1
-        picture.job.handle.emit(VisualPosition(picture.number, codes, picture.done))
-        if picture.done == picture.request.positions:
-            if bool(sound):
+        picture.job.handle.emit(VisualPosition(picture.number, codes, picture.done, picture.index))
+        if picture.done == len(picture.scales):
+            if not bool(sound):
+                self.failed(picture.job, FloatingPointError("the model's states are not finite"))
+            elif picture.answer is None:
                 self._complete(picture, SequenceEnd(picture.number, "length"))
             else:
-                self.failed(picture.job, FloatingPointError("the model's states are not finite"))
+                self._end_picture(picture.answer, picture)
             return
         if picture.empty is not None and not picture.guided_still:
             empty, picture.empty = picture.empty, None
             self._store.release(empty)
-        self._pictures.remove(picture)
-        self._pictures.append(picture)
 
 
 def _networks(model: ServedModel, rows: int, kernel: str | None) -> Networks:

@@ -7,7 +7,7 @@ its end token follows it without being drawn from the text head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -16,7 +16,9 @@ from transformers import DynamicCache
 
 from vilau.generation.sampling import SamplingOptions, draw_codes, filter_logits, row_seeds
 
-_TEXT_DEPTH = 255  # keeps the noise of text apart from that of codes, whose depths are far below
+TEXT_DEPTH = 255  # keeps the noise of text apart from that of codes, whose depths are far below
+
+VisualKind = Literal["image", "video"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,90 @@ class Drawing(Protocol):
     def pixel_values(self) -> torch.Tensor: ...
 
 
+@dataclass(frozen=True)
+class AnswerRules:
+    """What may follow what in a mixed answer, alone and in a running batch.
+
+    Args:
+        starts: the kind that a start token begins.
+        ends: the end token of each kind, which follows its last position without being drawn.
+        positions: of a picture, and of a film with all its frames.
+        per_picture: positions of a picture or a frame.
+        stops: tokens that end an answer.
+        never: tokens that are not to be written anywhere.
+        context: positions at which an answer ends, its prompt included; None for no limit.
+        max_pictures: pictures and films; from there on an answer goes on with text alone.
+    """
+
+    starts: Mapping[int, VisualKind]
+    ends: Mapping[VisualKind, int]
+    positions: Mapping[VisualKind, int]
+    per_picture: int
+    stops: frozenset[int]
+    never: tuple[int, ...]
+    context: int | None
+    max_pictures: int = 4
+
+    def __post_init__(self) -> None:
+        if self.max_pictures < 0:
+            raise ValueError(f"max_pictures is {self.max_pictures}; it must be at least 0")
+        for kind, positions in self.positions.items():
+            if positions < 1 or positions % self.per_picture:
+                raise ValueError(
+                    f"a part of kind {kind} has {positions} positions; it must be whole pictures of {self.per_picture}"
+                )
+
+    @classmethod
+    def of(cls, model: TextModel, video_positions: int, max_pictures: int = 4) -> AnswerRules:
+        """Return the rules of a model whose films have ``video_positions`` positions, all frames together."""
+        config = model.config
+        picture, text = config.vision_config.num_positions, config.text_config
+        stops = _ids(model.generation_config.eos_token_id) or _ids(text.eos_token_id)
+        never = [config.image_end_id, config.video_end_id, *_ids(text.bos_token_id), *_ids(text.pad_token_id)]
+        return cls(
+            starts={config.image_start_id: "image", config.video_start_id: "video"},
+            ends={"image": config.image_end_id, "video": config.video_end_id},
+            positions={"image": picture, "video": video_positions},
+            per_picture=picture,
+            stops=frozenset(stops),
+            never=tuple(token for token in never if token not in stops),
+            context=config.context_length,
+            max_pictures=max_pictures,
+        )
+
+    def check_prompt(self, length: int) -> None:
+        """Raise ValueError if a prompt of so many positions leaves no room for an answer."""
+        if self.context is not None and length >= self.context:
+            raise ValueError(f"the prompt's {length} positions fill the context of {self.context}; shorten it")
+
+    def full(self, length: int) -> bool:
+        """Whether an answer ends at so many positions, its prompt included."""
+        return self.context is not None and length >= self.context
+
+    def forbidden(self, length: int, pictures: int) -> tuple[int, ...]:
+        """Return the tokens that cannot follow ``length`` positions with so many pictures among them.
+
+        They are those of `never`, and the starts of pictures and films that may not begin.
+        """
+        kinds = self.kinds(length, pictures)
+        return (*self.never, *(token for token, kind in self.starts.items() if kind not in kinds))
+
+    def kinds(self, length: int, pictures: int = 0) -> list[VisualKind]:
+        """Return what may begin after ``length`` positions with so many pictures among them.
+
+        The context must hold the start, all positions, the end, and one more.
+        """
+        if pictures >= self.max_pictures:
+            return []
+        room = float("inf") if self.context is None else self.context - length
+        return [kind for kind, positions in self.positions.items() if positions + 3 <= room]
+
+
+def picture_seed(seed: int, number: int) -> int:
+    """Return the seed of picture ``number`` (from 0) of an answer; the first seed is the text's own."""
+    return int(row_seeds(seed, number + 2, "cpu")[-1])
+
+
 Draw = Callable[[torch.Tensor, bool, int], Drawing]
 """Draws for a prompt ``(1, L, H)`` that ends with a start token: a film or (False) a picture, from a seed."""
 
@@ -111,11 +197,12 @@ def generate_interleaved(
     Raises:
         ValueError: a prompt fills the context.
     """
+    rules = AnswerRules.of(model, video_positions, options.max_pictures)
     seeds = row_seeds(options.seed, len(inputs_embeds), "cpu").tolist()
     answers = []
     for row, seed in enumerate(seeds):
         prompt = inputs_embeds[row : row + 1, attention_mask[row].bool()]
-        answers.append(_Answer(model, prompt, draw, video_positions, options, seed).run())
+        answers.append(_Answer(model, prompt, draw, rules, options, seed).run())
     return answers
 
 
@@ -127,22 +214,12 @@ class _Answer:
         model: TextModel,
         prompt: torch.Tensor,
         draw: Draw,
-        video_positions: int,
+        rules: AnswerRules,
         options: InterleavedOptions,
         seed: int,
     ) -> None:
-        config = model.config
-        self.model, self.draw, self.options, self.seed = model, draw, options, seed
-        self.limit = config.context_length
-        if self.limit is not None and prompt.shape[1] >= self.limit:
-            raise ValueError(f"the prompt's {prompt.shape[1]} positions fill the context of {self.limit}; shorten it")
-        picture = config.vision_config.num_positions
-        self.starts = {config.image_start_id: ("image", picture), config.video_start_id: ("video", video_positions)}
-        self.ends = {"image": config.image_end_id, "video": config.video_end_id}
-        self.stops = _ids(model.generation_config.eos_token_id) or _ids(config.text_config.eos_token_id)
-        text = config.text_config
-        self.never = [*self.ends.values(), *_ids(text.bos_token_id), *_ids(text.pad_token_id)]
-        self.never = [token for token in self.never if token not in self.stops]
+        rules.check_prompt(prompt.shape[1])
+        self.model, self.draw, self.rules, self.options, self.seed = model, draw, rules, options, seed
         self.cache = DynamicCache(config=model.language_model.config)
         self.context = [prompt]
         self.length = prompt.shape[1]
@@ -156,10 +233,10 @@ class _Answer:
         finished = False
         for step in range(self.options.max_new_tokens):
             token = self._next_token(step)
-            if token in self.stops:
+            if token in self.rules.stops:
                 finished = True
                 break
-            if token in self.starts:
+            if token in self.rules.starts:
                 if words:
                     parts.append(_text(words, self.hidden))
                     words = []
@@ -167,7 +244,7 @@ class _Answer:
             else:
                 words.append(token)
                 self._read(self._embed(token))
-            if self.limit is not None and self.length >= self.limit:
+            if self.rules.full(self.length):
                 break
         if words:
             parts.append(_text(words, self.hidden))
@@ -176,24 +253,21 @@ class _Answer:
     def _next_token(self, step: int) -> int:
         """The next text token: never an end of a picture, nor a start for which there is no room."""
         logits = self.model.get_output_embeddings()(self.hidden).float()  # (1, vocabulary)
-        room = float("inf") if self.limit is None else self.limit - self.length
-        full = self.pictures >= self.options.max_pictures
-        crowded = [token for token, (_, positions) in self.starts.items() if full or positions + 3 > room]
-        logits[:, [*self.never, *crowded]] = float("-inf")
+        logits[:, list(self.rules.forbidden(self.length, self.pictures))] = float("-inf")
         seeds = torch.tensor([self.seed], device=logits.device)
-        return int(draw_codes(filter_logits(logits, self.options.text), seeds, step, _TEXT_DEPTH))
+        return int(draw_codes(filter_logits(logits, self.options.text), seeds, step, TEXT_DEPTH))
 
     def _draw(self, token: int) -> GeneratedPart:
-        kind, _ = self.starts[token]
+        kind = self.rules.starts[token]
         start = self._embed(token)
-        seed = int(row_seeds(self.seed, self.pictures + 2, "cpu")[-1])  # the first is the text's own
+        seed = picture_seed(self.seed, self.pictures)
         drawn = self.draw(torch.cat([*self.context, start], 1), kind == "video", seed)
         self.pictures += 1
         one = (lambda made: made[0]) if kind == "video" else (lambda made: made[:1])  # (F, ...) of either kind
         codes, pixels = one(drawn.codes), one(drawn.pixel_values)
         embeds = self.model.visual_embeds(codes.flatten(0, 1)).unsqueeze(0).to(start.dtype)
-        self._read(torch.cat([start, embeds, self._embed(self.ends[kind])], 1))
-        return GeneratedPart(kind, codes=codes, pixel_values=pixels)  # type: ignore[arg-type]
+        self._read(torch.cat([start, embeds, self._embed(self.rules.ends[kind])], 1))
+        return GeneratedPart(kind, codes=codes, pixel_values=pixels)
 
     def _embed(self, token: int) -> torch.Tensor:
         return self.model.get_input_embeddings()(torch.tensor([[token]], device=self.context[0].device))

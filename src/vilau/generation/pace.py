@@ -17,6 +17,8 @@ from vilau.generation.slots import SlotStore, StoreLanguage, plan
 _MANY = 16  # rows that the cost of a row is measured with
 _REPEAT = 3
 _CAPACITY = 64
+_STEP = 0.1  # by which a late token moves what is steered
+_START = 0.6  # of the room that a trial leaves, until it is known how well it fits
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,50 @@ class Pace:
         return self.depth.of(rows)
 
 
+class Steering:
+    """What corrects a `Pace` by the time that really passes between two tokens.
+
+    Estimates miss what lies between the pieces of work, and other programs slow all of it. So two numbers are steered:
+    `alone`, how many times its estimate a token with nothing beside it takes, but for one of ten; and `share`, how much
+    of the estimated room is given out, so that of the tokens beside other work one of a hundred takes longer than the
+    limit. A late token moves its number by a tenth, one in time the other way by as much less as it comes more often.
+    Only when work is done depends on it.
+
+    Args:
+        clock: returns seconds; see `clock_of`.
+    """
+
+    def __init__(self, pace: Pace, clock: Callable[[], float]) -> None:
+        self.pace, self.clock = pace, clock
+        self.alone, self.share = 1.0, _START
+        self._last: float | None = None
+
+    def room(self, texts: int) -> float:
+        """Return the work that may be added to a step of so many texts."""
+        return self.share * self.pace.room(texts) if texts else float("inf")
+
+    def written(self, texts: int, beside: bool, forced: bool, usual: bool) -> None:
+        """Note that tokens of so many texts have been written just now.
+
+        Args:
+            beside: whether other work was done since the last ones.
+            forced: whether that was the least that is always done; there is nothing to learn from it.
+            usual: whether the last ones were of the same texts.
+        """
+        now = self.clock()
+        taken = None if self._last is None or not usual else now - self._last
+        self._last = now if texts else None
+        if taken is None or not texts:
+            return
+        estimate = self.pace.language.of(texts) + self.pace.head.of(texts)
+        if not beside:
+            late = taken > self.alone * estimate
+            self.alone = min(50.0, max(0.1, self.alone * (1 + _STEP if late else 1 - _STEP / 10)))
+        elif not forced:
+            late = taken > self.pace.limit * self.alone * estimate
+            self.share = min(1.0, max(0.1, self.share * (1 - _STEP if late else 1 + _STEP / 100)))
+
+
 def weighed(networks: Networks, head: float, limit: float, free_rows: float) -> Pace:
     """Return the pace by weights read: a step with n rows costs ``weights * (1 + n / free_rows)``.
 
@@ -135,8 +181,8 @@ def _depth_step(networks: Networks, rows: int, like: torch.Tensor) -> None:
 
 
 def _seconds(work: Callable[[int], Any], rows: int, device: torch.device) -> float:
-    """Return the time of one call: on one processor thread its own clock, which others do not disturb."""
-    clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    """Return the time of one call."""
+    clock = clock_of(device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = clock()
@@ -144,3 +190,8 @@ def _seconds(work: Callable[[int], Any], rows: int, device: torch.device) -> flo
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return clock() - start
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """Return the clock: on one processor thread its own, which others disturb little."""
+    return time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from vilau.generation.budget import Demand
+from vilau.generation.interleaved import TEXT_DEPTH, VisualKind, picture_seed
 from vilau.generation.position import Networks, VisualState, VisualStep
-from vilau.generation.requests import Handle, Prompt, TextRequest, VisualSequenceRequest
-from vilau.generation.sampling import SamplingRows, sample_codes, sampling_rows
+from vilau.generation.requests import Handle, InterleavedRequest, Prompt, TextRequest, last_guided
+from vilau.generation.sampling import SamplingOptions, SamplingRows, sample_codes, sampling_rows
 from vilau.generation.slots import Row
-
-TEXT_DEPTH = 255  # the noise of text, apart from that of codes, whose depths are far below; as in mixed answers
 
 
 @dataclass(eq=False)
@@ -28,8 +28,8 @@ class Job:
 
     @property
     def visual(self) -> bool:
-        """Whether it draws."""
-        return isinstance(self.handle.request, VisualSequenceRequest)
+        """Whether it may draw."""
+        return self.handle.request.visual
 
 
 @dataclass(eq=False)
@@ -37,7 +37,7 @@ class Text:
     """An answer being written: `state` (H,) predicts the first token, `token` is the last one."""
 
     job: Job
-    request: TextRequest
+    request: TextRequest | InterleavedRequest
     number: int
     seed: int
     row: Row
@@ -51,6 +51,20 @@ class Text:
         """The row, while it has one."""
         return [] if self.gone else [self.row]
 
+    @property
+    def never(self) -> tuple[int, ...]:
+        """Tokens that must not follow."""
+        assert isinstance(self.request, TextRequest)
+        return self.request.never
+
+    @property
+    def ending(self) -> Literal["stop", "length"] | None:
+        """Why the last token is the last; ``None`` if it is not."""
+        assert isinstance(self.request, TextRequest)
+        if self.token in self.request.stop:
+            return "stop"
+        return "length" if self.done == self.request.max_new_tokens else None
+
     def place(self, empty: bool, state: torch.Tensor) -> bool:
         """Note that the prompt is read; return whether the sequence can start."""
         self.state = state
@@ -58,32 +72,97 @@ class Text:
 
 
 @dataclass(eq=False)
+class Answer(Text):
+    """An answer that draws as well: `drawing` while it does, then none; `pictures` have been begun.
+
+    Its row is its picture's row with the prompt, so what was drawn stays before the text that goes on.
+    """
+
+    drawing: Picture | None = None
+    pictures: int = 0
+
+    @property
+    def mixed(self) -> InterleavedRequest:
+        """The request."""
+        assert isinstance(self.request, InterleavedRequest)
+        return self.request
+
+    @property
+    def rows(self) -> list[Row]:
+        """The row, and while a picture is guided its row without the prompt."""
+        return [] if self.gone else [self.row] if self.drawing is None else self.drawing.rows
+
+    @property
+    def never(self) -> tuple[int, ...]:
+        """Tokens that must not follow what was read."""
+        return self.mixed.rules.forbidden(self.row.length, self.pictures)
+
+    @property
+    def begun(self) -> VisualKind | None:
+        """What the last token begins."""
+        return self.mixed.rules.starts.get(self.token)
+
+    @property
+    def ending(self) -> Literal["stop", "length"] | None:
+        """Why the last token, or picture, is the last; both are still to be read."""
+        rules = self.mixed.rules
+        if self.token in rules.stops:
+            return "stop"
+        unread = 1 if self.begun is None else 2
+        ended = self.done == self.request.max_new_tokens or rules.full(self.row.length + unread)
+        return "length" if ended else None
+
+    def begin(self, kind: VisualKind, empty: Row | None, sound: torch.Tensor) -> Picture:
+        """Return the picture or film that the answer draws from now on."""
+        scales, seed = self.mixed.scales(kind), picture_seed(self.seed, self.pictures)
+        options = self.mixed.visual_sampling
+        self.drawing = Picture(
+            self.job, options, self.number, seed, scales, self.row, empty, sound, self, kind, self.pictures
+        )
+        self.pictures += 1
+        return self.drawing
+
+
+@dataclass(eq=False)
 class Picture:
     """A picture or film being drawn: `codes` (D,) are the last ones; `state`, `empty_state` predict the next ones.
 
     The states are there after the prompts have been read, before the first position; from then on they come from
-    feeding the codes. `scales` is the guidance of each position. `row` has the prompt, `empty` the one without text
-    until the last guided position. `sound` () stays true while the states are finite.
+    feeding the codes. `scales` (positions,) is the guidance. `row` has the prompt, `empty` the one without text
+    until the last guided position. `sound` () stays true while the states are finite. One that an `answer` draws has
+    its `kind`, and its `index` among the answer's.
     """
 
     job: Job
-    request: VisualSequenceRequest
+    sampling: SamplingOptions
     number: int
     seed: int
-    scales: list[float]
+    scales: torch.Tensor
     row: Row
     empty: Row | None
     sound: torch.Tensor
+    answer: Answer | None = None
+    kind: VisualKind = "image"
+    index: int = 0
     done: int = 0
     codes: torch.Tensor | None = None
     state: torch.Tensor | None = None
     empty_state: torch.Tensor | None = None
     gone: bool = False
 
+    def __post_init__(self) -> None:
+        self.guided = last_guided(self.scales)
+        self.constant = bool((self.scales != 1).all())
+
+    @property
+    def guided_now(self) -> bool:
+        """Whether the next position is guided."""
+        return self.done < self.guided and (self.constant or bool(self.scales[self.done] != 1))
+
     @property
     def guided_still(self) -> bool:
         """Whether any position to come is guided."""
-        return any(scale != 1 for scale in self.scales[self.done :])
+        return self.done < self.guided
 
     @property
     def rows(self) -> list[Row]:
@@ -111,11 +190,15 @@ class Target:
 
 @dataclass(eq=False)
 class Reading:
-    """A prompt being read into the row of the first target; the others get a copy."""
+    """A prompt being read into the row of the first target; the others get a copy.
+
+    In an answer also what follows the `begin` first positions of its row: a start token, or a picture's end.
+    """
 
     prompt: Prompt
     embeds: torch.Tensor
     targets: list[Target]
+    begin: int = 0
 
     @property
     def row(self) -> Row:
@@ -125,7 +208,12 @@ class Reading:
     @property
     def left(self) -> int:
         """Positions not read yet."""
-        return self.prompt.length - self.row.length
+        return self.begin + self.prompt.length - self.row.length
+
+    def next(self, count: int) -> torch.Tensor:
+        """Return the next embeddings ``(count, H)`` to be read."""
+        start = self.row.length - self.begin
+        return self.embeds[start : start + count]
 
 
 class TextSampling:
@@ -135,8 +223,15 @@ class TextSampling:
         self.texts = list(texts)
         self.filters: SamplingRows = sampling_rows([text.request.sampling for text in texts], vocabulary, device)
         self.seeds = torch.tensor([text.seed for text in texts]).to(device)
-        never = [(row, token) for row, text in enumerate(texts) for token in text.request.never]
+        self.forbidden = [text.never for text in texts]
+        never = [(row, token) for row, tokens in enumerate(self.forbidden) for token in tokens]
         self.never = torch.tensor(never).T.to(device) if never else None
+
+    def serves(self, texts: Sequence[Text]) -> bool:
+        """Whether it is of these texts, with the tokens that must not follow now."""
+        return self.texts == texts and all(
+            text.never == never for text, never in zip(texts, self.forbidden, strict=True)
+        )
 
     def draw(self, logits: torch.Tensor) -> torch.Tensor:
         """Return tokens ``(T,)`` of logits ``(T, vocabulary)``."""
@@ -151,17 +246,15 @@ class Cohort:
 
     def __init__(self, networks: Networks, pictures: Sequence[Picture], device: torch.device) -> None:
         self.pictures = list(pictures)
+        self.done = [picture.done for picture in pictures]
         self.guided = [number for number, picture in enumerate(pictures) if picture.empty is not None]
         count, depth = len(pictures), networks.quantizer.depth
-        longest = max(len(picture.scales) for picture in pictures)
-        scales = torch.ones((longest, count))
-        for number, picture in enumerate(pictures):
-            scales[: len(picture.scales), number] = torch.tensor(picture.scales)
+        scales = nn.utils.rnn.pad_sequence([picture.scales for picture in pictures], padding_value=1.0)
         rows = list(range(count))
         for row, number in enumerate(self.guided):
             rows[number] = count + row
         nothing = torch.zeros(depth, dtype=torch.int64, device=device)
-        options = [picture.request.sampling for picture in pictures]
+        options = [picture.sampling for picture in pictures]
         self.sound = torch.stack([picture.sound for picture in pictures])
         self.state = VisualState(
             position=torch.tensor([picture.done for picture in pictures]).to(device),
@@ -177,8 +270,7 @@ class Cohort:
     def serves(self, pictures: Sequence[Picture]) -> bool:
         """Whether it is of these pictures, with the rows that they have now."""
         guided = [number for number, picture in enumerate(pictures) if picture.empty is not None]
-        same = len(pictures) == len(self.pictures) and all(a is b for a, b in zip(pictures, self.pictures, strict=True))
-        return same and guided == self.guided
+        return list(pictures) == self.pictures and guided == self.guided and self.done == [p.done for p in pictures]
 
 
 class Drawing:
@@ -192,7 +284,7 @@ class Drawing:
     def __init__(self, step: VisualStep, cohort: Cohort, hidden: torch.Tensor) -> None:
         self.step, self.cohort, self.state = step, cohort, cohort.state
         count = len(cohort.pictures)
-        guided = any(p.scales[p.done] != 1 for p in cohort.pictures)
+        guided = any(picture.guided_now for picture in cohort.pictures)
         rows = len(hidden) if guided else count
         cohort.sound &= torch.isfinite(hidden[:count]).all(1)
         self.x = hidden[:rows]
@@ -226,3 +318,4 @@ class Drawing:
         self.depth += 1
         if self.complete:
             self.state.position += 1
+            self.cohort.done = [done + 1 for done in self.cohort.done]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -162,31 +162,80 @@ class SlotStore:
                 slab.resize(len(slab.used))
 
 
-@dataclass
-class Segment:
-    """Part of a pass: the rows from `first` on, each with one new position, or one row with `count` new positions.
+@dataclass(frozen=True)
+class Steps:
+    """Neighbouring rows of a slab, from `first` on, each with one new position.
 
-    `tokens` is the segment's part of the flat list; `seen` the places attended to; `mask` what is added to scores;
-    `index` and `places` say where new keys go.
+    `tokens` is their part of the flat list; `index` and `places` say where new keys go; `seen` places are attended to,
+    and `mask` is added to scores.
     """
 
     slab: Slab
     first: int
-    rows: int
-    count: int
     tokens: slice
     seen: int
     places: torch.Tensor
-    index: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
+    index: torch.Tensor
+    mask: torch.Tensor | None
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> Any:
+        """Write keys and values ``(n, key heads, d)`` and return ``(n, heads, d)`` for queries of that shape."""
+        keys, values = self.slab.keys[layer], self.slab.values[layer]
+        keys[self.index, :, self.places], values[self.index, :, self.places] = k, v
+        rows = slice(self.first, self.first + len(self.index))
+        q = q.unflatten(1, (k.shape[1], -1))  # (n, key heads, heads per key head, d)
+        past, held = keys[rows, :, : self.seen], values[rows, :, : self.seen]
+        return F.scaled_dot_product_attention(q, past, held, self.mask, scale=scale).flatten(1, 2)
 
 
-@dataclass
+@dataclass(frozen=True)
+class Beginnings:
+    """The first `count` positions of rows of one slab, as many of each: prompts, which see nothing but themselves."""
+
+    slab: Slab
+    tokens: slice
+    count: int
+    index: torch.Tensor
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> Any:
+        """As `Steps.attend`, the positions of one row after those of the other."""
+        q, k, v = (x.unflatten(0, (-1, self.count)).transpose(1, 2) for x in (q, k, v))  # (rows, heads, count, d)
+        self.slab.keys[layer][self.index, :, : self.count] = k
+        self.slab.values[layer][self.index, :, : self.count] = v
+        grouped = q.shape[1] != k.shape[1]
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+        return mixed.transpose(1, 2).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Further positions of row `index`, up to the first `seen`."""
+
+    slab: Slab
+    index: int
+    tokens: slice
+    seen: int
+    mask: torch.Tensor
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> Any:
+        """As `Steps.attend`."""
+        keys, values = self.slab.keys[layer][self.index], self.slab.values[layer][self.index]
+        new = slice(self.seen - len(k), self.seen)
+        keys[:, new], values[:, new] = k.transpose(0, 1), v.transpose(0, 1)
+        q, past, held = q.transpose(0, 1), keys[:, : self.seen], values[:, : self.seen]
+        grouped = len(q) != len(past)
+        mixed = F.scaled_dot_product_attention(
+            q.unsqueeze(0), past.unsqueeze(0), held.unsqueeze(0), self.mask, scale=scale, enable_gqa=grouped
+        )
+        return mixed[0].transpose(0, 1)
+
+
+@dataclass(frozen=True)
 class Pass:
     """The positions of one forward pass: rows that step, then pieces of prompts; build it with `plan`."""
 
-    segments: list[Segment] = field(default_factory=list)
-    positions: torch.Tensor | None = None
+    segments: list[Steps | Beginnings | Piece]
+    positions: torch.Tensor
 
 
 def plan(steps: Sequence[Row], pieces: Sequence[tuple[Row, int]], like: torch.Tensor) -> tuple[Pass, list[Row]]:
@@ -200,37 +249,54 @@ def plan(steps: Sequence[Row], pieces: Sequence[tuple[Row, int]], like: torch.Te
     for row, count in pieces:
         places.extend(range(row.length, row.length + count))
     positions = torch.tensor(places).to(like.device, non_blocking=True)
-    segments: list[Segment] = []
+    segments: list[Steps | Beginnings | Piece] = []
     start = 0
     for end in range(1, len(ordered) + 1):
         joined = end < len(ordered) and ordered[end].slab is ordered[start].slab
         if joined and ordered[end].index == ordered[end - 1].index + 1:
             continue
-        segments.append(_step_segment(ordered[start:end], start, positions, like))
+        segments.append(_steps(ordered[start:end], start, positions, like))
         start = end
-    for row, count in pieces:
-        segments.append(_piece_segment(row, count, start, positions, like))
-        start += count
+    for rows, count in _alike(pieces):
+        tokens = slice(start, start + len(rows) * count)
+        start = tokens.stop
+        if rows[0].length:
+            segments.append(_piece(rows[0], tokens, positions, like))
+        else:
+            index = torch.tensor([row.index for row in rows]).to(like.device, non_blocking=True)
+            segments.append(Beginnings(rows[0].slab, tokens, count, index))
     return Pass(segments, positions), ordered
 
 
-def _step_segment(rows: list[Row], start: int, positions: torch.Tensor, like: torch.Tensor) -> Segment:
+def _alike(pieces: Sequence[tuple[Row, int]]) -> list[tuple[list[Row], int]]:
+    """Return the pieces with those together that begin rows of one slab, as many positions of each."""
+    groups: list[tuple[list[Row], int]] = []
+    for row, count in pieces:
+        if groups and not row.length:
+            (*_, last), same = groups[-1]
+            if not last.length and last.slab is row.slab and same == count:
+                groups[-1][0].append(row)
+                continue
+        groups.append(([row], count))
+    return groups
+
+
+def _steps(rows: list[Row], start: int, positions: torch.Tensor, like: torch.Tensor) -> Steps:
     lengths = [row.length for row in rows]
     seen, first = max(lengths) + 1, rows[0].index
-    places = positions[start : start + len(rows)]
+    tokens = slice(start, start + len(rows))
+    places = positions[tokens]
     index = torch.arange(first, first + len(rows), device=like.device)
     mask = None
     if min(lengths) + 1 < seen:
         mask = _hidden(torch.arange(seen, device=like.device) > places.unsqueeze(1), like)[:, None, None]
-    tokens = slice(start, start + len(rows))
-    return Segment(rows[0].slab, first, len(rows), 1, tokens, seen, places, index, mask)
+    return Steps(rows[0].slab, first, tokens, seen, places, index, mask)
 
 
-def _piece_segment(row: Row, count: int, start: int, positions: torch.Tensor, like: torch.Tensor) -> Segment:
-    tokens, seen = slice(start, start + count), row.length + count
-    places = positions[tokens]
-    mask = _hidden(torch.arange(seen, device=like.device) > places.unsqueeze(1), like)[None, None]
-    return Segment(row.slab, row.index, 1, count, tokens, seen, places, None, mask)
+def _piece(row: Row, tokens: slice, positions: torch.Tensor, like: torch.Tensor) -> Piece:
+    seen = row.length + tokens.stop - tokens.start
+    hidden = torch.arange(seen, device=like.device) > positions[tokens].unsqueeze(1)
+    return Piece(row.slab, row.index, tokens, seen, _hidden(hidden, like)[None, None])
 
 
 def _hidden(hidden: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -256,23 +322,11 @@ def slot_attention(
             raise ValueError(f"this language model's attention has {name}, which a running batch does not know")
     assert slot_pass is not None
     layer: Any = module.layer_idx
-    outputs = []
-    for part in slot_pass.segments:
-        keys, values = part.slab.keys[layer], part.slab.values[layer]
-        q, k, v = (x[0, :, part.tokens] for x in (query, key, value))  # (heads, n, d)
-        if part.index is None:
-            end = part.seen - part.count
-            keys[part.first, :, end : part.seen], values[part.first, :, end : part.seen] = k, v
-            q = q.unsqueeze(0)
-        else:
-            keys[part.index, :, part.places] = k.transpose(0, 1)
-            values[part.index, :, part.places] = v.transpose(0, 1)
-            q = q.transpose(0, 1).unflatten(1, (k.shape[0], -1))  # (n, key heads, heads per key head, d)
-        rows = slice(part.first, part.first + part.rows)
-        past, held = keys[rows, :, : part.seen], values[rows, :, : part.seen]
-        grouped = part.index is None and q.shape[1] != past.shape[1]
-        mixed = F.scaled_dot_product_attention(q, past, held, part.mask, scale=scaling, enable_gqa=grouped)
-        outputs.append(mixed.flatten(1, 2) if part.index is not None else mixed[0].transpose(0, 1))
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, d)
+    parts = slot_pass.segments
+    if len(parts) == 1:
+        return parts[0].attend(layer, q, k, v, scaling).unsqueeze(0), None
+    outputs = [part.attend(layer, q[part.tokens], k[part.tokens], v[part.tokens], scaling) for part in parts]
     return torch.cat(outputs).unsqueeze(0), None
 
 
@@ -287,7 +341,6 @@ class StoreLanguage:
 
     def forward(self, embeds: torch.Tensor, work: Pass) -> torch.Tensor:
         """Return the states ``(N, H)`` of the positions ``embeds`` (N, H) of a pass, in its order."""
-        assert work.positions is not None
         return self.language(
             inputs_embeds=embeds.unsqueeze(0),
             position_ids=work.positions.unsqueeze(0),
