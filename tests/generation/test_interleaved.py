@@ -14,7 +14,8 @@ from vilau.configuration import PositionKind
 from vilau.data.collate import collate_padded
 from vilau.data.nano.world import ASSETS
 from vilau.data.sample import Sample, Turn, image, text, video
-from vilau.generation.interleaved import InterleavedOptions
+from vilau.generation.interleaved import InterleavedOptions, picture_seed
+from vilau.generation.sampling import row_seeds
 from vilau.processing.encode import encode_sample
 from vilau.processing.processor import build_processor
 
@@ -196,3 +197,11 @@ def test_limits_are_checked() -> None:
         InterleavedOptions(max_new_tokens=0)
     with pytest.raises(ValueError, match="max_pictures is -1"):
         InterleavedOptions(max_pictures=-1)
+
+
+def test_pictures_of_all_answers_have_seeds_of_their_own() -> None:
+    """Answers of one request and the pictures in them never share their noise, nor with the answers' texts."""
+    texts = [seed for request in (0, 7, -3) for seed in row_seeds(request, 16, "cpu").tolist()]
+    pictures = [picture_seed(seed, number) for seed in texts for number in range(8)]
+    assert len({*texts, *pictures}) == len(texts) + len(pictures)
+    assert picture_seed(7, 1) == picture_seed(7 + (1 << 64), 1)

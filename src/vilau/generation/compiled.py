@@ -11,7 +11,6 @@ import torch
 from vilau.generation.position import Language, Networks, SlotLanguage, UnifiedModel, VisualState, VisualStep
 from vilau.generation.prepared import prepare, weight_marks
 
-
 _SHAPES = 64  # compiled codes that are kept; torch's own limit is 8, beyond which it runs uncompiled
 
 

@@ -14,10 +14,11 @@ from typing import Any, Literal, Protocol
 import torch
 from transformers import DynamicCache
 
-from vilau.generation.sampling import SamplingOptions, draw_codes, filter_logits, row_seeds
+from vilau.generation.sampling import SamplingOptions, draw_codes, filter_logits, mix, row_seeds, wrapped_seed
 
 TEXT_DEPTH = 255  # keeps the noise of text apart from that of codes, whose depths are far below
 
+_PICTURES = 0x3C6EF372FE94F82B  # added before scrambling, which would leave a seed of 0 as it is
 VisualKind = Literal["image", "video"]
 
 
@@ -159,8 +160,11 @@ class AnswerRules:
 
 
 def picture_seed(seed: int, number: int) -> int:
-    """Return the seed of picture ``number`` (from 0) of an answer; the first seed is the text's own."""
-    return int(row_seeds(seed, number + 2, "cpu")[-1])
+    """Return the seed of picture ``number`` (from 0) of the answer with a seed.
+
+    Answers of one request have seeds in equal steps, and so have the pictures of one: scrambling keeps these apart.
+    """
+    return int(row_seeds(int(mix(torch.tensor(wrapped_seed(seed + _PICTURES)))), number + 1, "cpu")[-1])
 
 
 Draw = Callable[[torch.Tensor, bool, int], Drawing]
