@@ -359,3 +359,21 @@ def test_cancelled_requests_leave_at_once(model: Any) -> None:
     first.cancel()
     for handle in (second, late):
         check(model, handle, alone(model, handle.request))
+
+
+def test_company_changes_nothing_in_int8(make_model: Callable[..., Any]) -> None:
+    """Rows of int8 layers have scales of their own, so a quantised model too gives each request what it gives alone."""
+    model = make_model().quantize("int8")
+    requests = [text(model, 1, 5, 12), picture(model, 4, 3), text(model, 2, 9, 6), picture(model, 6, 6, n=2)]
+
+    def made(together: list[Request]) -> list[Handle]:
+        batch = ContinuousBatch(model, slots=8, max_positions=32, policy=TOGETHER)
+        handles = [batch.submit(request) for request in together]
+        drain(batch)
+        return handles
+
+    for one, other in zip(made(requests), (made([request])[0] for request in requests), strict=True):
+        if isinstance(one.request, TextRequest):
+            assert one.tokens(0) == other.tokens(0)
+        else:
+            assert torch.equal(one.codes(0), other.codes(0))
