@@ -124,7 +124,7 @@ def write_shard(
         coded.append(_encode(encode, waiting, info))
     kind = np.int16 if info.codebook_size <= 1 << 15 else np.int32
     codes = np.concatenate(coded) if coded else np.zeros((0, info.positions, info.depth))
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    lines = "".join(json.dumps(record) + "\n" for record in records)  # ASCII: any text, lone surrogates too
     text_path, codes_path = _text_path(folder, shard), _codes_path(folder, shard)
     write_text(lines, text_path, durable=True)
     with atomic_path(codes_path, durable=True) as beside:  # last: it counts
@@ -170,8 +170,8 @@ class CodeStore:
     def _shard(self, number: int) -> tuple[list[dict[str, Any]], list[int], np.ndarray]:
         if number not in self._shards:
             try:
-                lines = _text_path(self.folder, number).read_text(encoding="utf-8").splitlines()
-                records = [json.loads(line) for line in lines]
+                lines = _text_path(self.folder, number).read_bytes().split(b"\n")  # no other line end: texts hold them
+                records = [json.loads(line) for line in lines if line]
                 with safe_open(_codes_path(self.folder, number), "numpy") as file:
                     codes = file.get_tensor("codes")
             except (OSError, ValueError, SafetensorError) as error:
