@@ -170,3 +170,19 @@ def test_verification_finds_what_differs(tmp_path: Path) -> None:
     assert verify(store, samples, encode, range(30)) == frames > 20
     with pytest.raises(ValueError, match="is not what the store holds"):
         verify(store, samples, lambda frames: (encode(frames) + 1) % K, range(30))
+
+
+@pytest.mark.parametrize(("lost", "said"), [((), "sample 4 .* can be read now"), ((0,), "sample 0 .* any more")])
+def test_verification_finds_what_became_good_or_bad(lost: tuple[int, ...], said: str, tmp_path: Path) -> None:
+    """A picture that was mended or lost since is a store that no longer fits, with the remedy; never the old reason."""
+    make(tmp_path, Samples(30))
+
+    def read(index: int) -> tuple[Sample, tuple[np.ndarray, ...]]:
+        if index in lost:
+            raise BadSample("missing_file", f"picture {index} is gone")
+        sample = Samples(30).inner[index]
+        return sample, sample.frames
+
+    with pytest.raises(ValueError, match=f"{said}.*remove that folder and run `vilau data codes`") as caught:
+        verify(CodeStore(tmp_path), read, encode, [0, 4])
+    assert not isinstance(caught.value, BadSample)

@@ -193,18 +193,31 @@ def verify(store: CodeStore, read: Read, encode: Encode, numbers: Iterable[int])
     """Encode some samples again and compare; return how many frames agreed.
 
     Raises:
-        ValueError: a sample is not what the store holds; its number is named.
+        ValueError: a sample is not what the store holds, or is bad in one of the two only; its number is named.
     """
     compared = 0
+    remedy = f"the data changed since {store.folder} was made; remove that folder and run `vilau data codes`"
     for number in numbers:
+        held: Sample | BadSample
+        try:
+            held = store[number]
+        except BadSample as bad:
+            held = bad
         try:
             fresh, squares = read(number)
-        except BadSample:
-            continue
+        except BadSample as bad:
+            if isinstance(held, BadSample):
+                continue
+            raise ValueError(f"sample {number} ({held.id}) cannot be read any more ({bad}): {remedy}") from bad
+        if isinstance(held, BadSample):
+            raise ValueError(f"sample {number} ({fresh.id}) can be read now, but could not ({held}): {remedy}")
         codes = _encode(encode, list(squares), store.info) if squares else np.zeros((0, 0, 0))
         swapped = _from_record(_to_record(fresh), _by_frame(codes, store.info.variants))
-        if not _equal(swapped, store[number]):
-            raise ValueError(f"{store.folder}: sample {number} ({fresh.id}) is not what the store holds; make it anew")
+        if not _equal(swapped, held):
+            raise ValueError(
+                f"{store.folder}: sample {number} ({fresh.id}) is not what the store holds: other data, another tower or "
+                "another machine's rounding; remove that folder and run `vilau data codes`"
+            )
         compared += len(fresh.frames)
     return compared
 
