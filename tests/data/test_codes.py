@@ -103,7 +103,7 @@ class Captions(Samples):
 
 
 def test_any_text_comes_back(tmp_path: Path) -> None:
-    """Separators of lines other than \\n, and halves of characters as broken JSON gives them, are text like any other."""
+    """Other line separators than \\n, and halves of characters as broken JSON gives them, are text like any other."""
     samples = Captions()
     make(tmp_path, samples)
     store = CodeStore(tmp_path)

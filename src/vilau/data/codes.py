@@ -215,8 +215,8 @@ def verify(store: CodeStore, read: Read, encode: Encode, numbers: Iterable[int])
         swapped = _from_record(_to_record(fresh), _by_frame(codes, store.info.variants))
         if not _equal(swapped, held):
             raise ValueError(
-                f"{store.folder}: sample {number} ({fresh.id}) is not what the store holds: other data, another tower or "
-                "another machine's rounding; remove that folder and run `vilau data codes`"
+                f"{store.folder}: sample {number} ({fresh.id}) is not what the store holds: other data, another "
+                "tower or another machine's rounding; remove that folder and run `vilau data codes`"
             )
         compared += len(fresh.frames)
     return compared
