@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,16 @@ from PIL import Image
 
 from vilau.model import VilaUForConditionalGeneration
 from vilau.training.config import TrainConfig, load_config
-from vilau.training.precompute import CodePlan, check_codes, encoder_of, find_tower, frames_of, make_codes, plan_codes
+from vilau.training.precompute import (
+    CodePlan,
+    build_stage_samples,
+    check_codes,
+    encoder_of,
+    find_tower,
+    frames_of,
+    make_codes,
+    plan_codes,
+)
 from vilau.training.run import build_stage, run
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "nano" / "debug.yaml"
@@ -83,6 +95,57 @@ def test_a_nano_source_from_codes_equals_from_pixels(tmp_path: Path) -> None:
     coded.data.sources[0].seed = 1  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="holds other samples than source 'nano' now gives"):
         build_stage(coded, "sft", None)
+
+
+def test_codes_of_other_samples_are_refused(tmp_path: Path) -> None:
+    """Other captions, filters or limits with as many samples, and a table that changed in place: neither training nor
+    `vilau data codes` goes on. A copy elsewhere is the same, and so is a store of an earlier version."""
+    folder, out = tmp_path / "pictures", tmp_path / "codes"
+    folder.mkdir()
+    Image.new("RGB", (40, 30), "red").save(folder / "a.png")
+    table = folder / "captions.jsonl"
+    table.write_text('{"file_name": "a.png", "caption": "all red", "title": "red", "score": 1}\n')
+    model = VilaUForConditionalGeneration.from_pretrained(find_tower(load(tmp_path), "sft")).eval()
+    tower = model.vision_tower
+
+    def of(source: str = "", *overrides: str, place: Path = folder) -> TrainConfig:
+        named = f"data.sources=[{{format: folder, path: {place}, name: p, {source}}}]"
+        return with_codes(load(tmp_path, named, "stages.sft.mixture={}", *overrides), out)
+
+    def make(config: TrainConfig, num_frames: int = int(model.config.num_frames)) -> int:
+        (plan,) = plan_codes(config, "sft", tower, num_frames, out)
+        return make_codes(plan, encoder_of(tower), 0, 1)
+
+    def refused(config: TrainConfig, facts: str, why: str) -> None:
+        with pytest.raises(ValueError, match=f"made with another {facts}: choose another folder"):
+            make(config)
+        with pytest.raises(ValueError, match=f"{why}.* run `vilau data codes` into a new folder"):
+            build_stage_samples(config, "sft", model)
+
+    assert make(of()) == 1 and make(of()) == 0
+    build_stage_samples(of(), "sft", model)
+    others = [of("caption_field: title"), of("filters: [score >= 1]"), of("", "data.max_pixels=2000")]
+    for other in others:
+        refused(other, "data", "other fields of the source")
+    with pytest.raises(ValueError, match="made with another data"):
+        make(of(), num_frames=3)
+    copy = shutil.copytree(folder, tmp_path / "elsewhere" / "copy", copy_function=shutil.copyfile)
+    assert make(of(place=copy)) == 0
+    build_stage_samples(of(place=copy), "sft", model)
+
+    (plan,) = plan_codes(of(), "sft", tower, int(model.config.num_frames), tmp_path / "none")
+    facts = json.loads((out / "p" / "codes.json").read_text())
+    facts.pop("files")
+    former = [int(tower.config.image_size), int(model.config.num_frames), of().data.sources[0].content()]
+    earlier = {**facts, "data": hashlib.sha256(json.dumps(former, sort_keys=True).encode()).hexdigest()}
+    (out / "p" / "codes.json").write_text(json.dumps(earlier))
+    assert make(of()) == 0
+    build_stage_samples(of(), "sft", model)
+    refused(others[0], "data, files", "other fields of the source")
+
+    (out / "p" / "codes.json").write_text(json.dumps({**facts, "files": plan.info.files}))
+    table.write_text(table.read_text().replace("all red", "all odd"))
+    refused(of(), "files", "bytes of its files changed")
 
 
 def test_sources_from_codes_equal_from_pixels(tmp_path: Path) -> None:

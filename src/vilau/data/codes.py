@@ -37,7 +37,8 @@ Read = Callable[[int], tuple[Sample, Sequence[np.ndarray]]]
 class StoreInfo:
     """What a store holds: written once, before its first shard; a store made with other facts is another store.
 
-    data, tower: digests of where the samples come from and of the tower's weights; positions, depth, codebook_size:
+    data, tower: digests of where the samples come from and of the tower's weights; files: of the data's files, "" where
+    there are none, and in stores made before it was kept; positions, depth, codebook_size:
     of the codes ``(P, D)`` in [0, K); samples: how many, bad ones included; variants: codes per frame, 2 where a frame
     is read both squashed and cut to its centre square; shard_size: samples per shard.
     """
@@ -50,6 +51,7 @@ class StoreInfo:
     samples: int
     variants: int = 1
     shard_size: int = 4096
+    files: str = ""
 
     @property
     def shards(self) -> int:

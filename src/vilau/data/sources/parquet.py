@@ -133,6 +133,11 @@ class ParquetSource:
             kept.append(marks)
         return np.flatnonzero(np.concatenate(kept)) if kept else np.zeros(0, dtype=np.int64)
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that say what the samples are."""
+        return self._paths
+
     def __len__(self) -> int:
         return self._ends[-1]
 
