@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vilau.data.codes import CodeStore, StoreInfo
+from vilau.data.sample import Sample
+from vilau.data.sources.source import image_text
 from vilau.model import VilaUForConditionalGeneration
 from vilau.training.config import TrainConfig, load_config
 from vilau.training.precompute import (
@@ -45,6 +49,46 @@ def write_codes(config: TrainConfig, out: Path) -> list[CodePlan]:
             make_codes(plan, encoder_of(tower), part, 2)
         assert check_codes(plan, encoder_of(tower), 0.2) > 0
     return plans
+
+
+def test_processes_that_arrive_at_any_moment_share_all_shards(tmp_path: Path) -> None:
+    """Two real processes write each shard once, one after the other and at the same time, and each checks its own."""
+
+    def squares(number: int) -> tuple[Sample, tuple[np.ndarray, ...]]:
+        sample = image_text(f"p/{number}", np.full((8, 8, 3), number, np.uint8), f"number {number}")
+        return sample, sample.frames
+
+    def encode(frames: np.ndarray) -> np.ndarray:
+        return frames[:, :2, :2, 0].astype(np.int64)
+
+    def work(plan: CodePlan, part: int) -> None:
+        written = make_codes(plan, encode, part, 2)
+        checked = check_codes(plan, encode, 1.0, part, 2)
+        os._exit(10 * written + (checked != len([n for n in range(10) if n // 2 % 2 == part])))
+
+    def start(plan: CodePlan, part: int) -> int:
+        child = os.fork()
+        if not child:
+            try:
+                work(plan, part)
+            finally:
+                os._exit(1)
+        return child
+
+    def finish(child: int) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    info = StoreInfo("data", "tower", 2, 2, 16, samples=10, shard_size=2)
+    for order in ("late", "together"):
+        plan = CodePlan(tmp_path / order, info, squares)
+        if order == "late":
+            codes = [finish(start(plan, part)) for part in (1, 0)]
+        else:
+            codes = [finish(child) for child in [start(plan, part) for part in (1, 0)]]
+        assert codes == [20, 30]
+        assert [CodeStore(plan.folder)[n].id for n in range(10)] == [f"p/{n}" for n in range(10)]
+    assert check_codes(plan, encode, 0.01, 1, 2) == 1  # not one of the spread samples is in its shards
+    assert check_codes(plan, encode, 1.0, 7, 8) == 0  # more processes than shards
 
 
 def with_codes(config: TrainConfig, out: Path) -> TrainConfig:

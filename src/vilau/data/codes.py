@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -136,14 +136,19 @@ def write_shard(
 class CodeStore:
     """Read a store: samples by number, whose frames are codes ``(P, D)``, or ``(2, P, D)`` with two variants.
 
+    Args:
+        needed: the shards that will be read; all if None.
+
     Raises:
-        ValueError: the folder is no store, or shards of it are not written yet.
+        ValueError: the folder is no store, or shards that are needed are not written yet.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], shards_in_memory: int = 8) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], shards_in_memory: int = 8, needed: Container[int] | None = None
+    ) -> None:
         self.folder = Path(folder)
         self.info = read_info(self.folder)
-        missing = missing_shards(self.folder, self.info)
+        missing = [n for n in missing_shards(self.folder, self.info) if needed is None or n in needed]
         if missing:
             raise ValueError(
                 f"{self.folder}: {len(missing)} of {self.info.shards} shards are not written yet; "

@@ -202,23 +202,31 @@ def build_stage_samples(
 def make_codes(
     plan: CodePlan, encode: Encode, part: int, parts: int, on_sample: Callable[[], object] = lambda: None
 ) -> int:
-    """Write the missing shards of one store, every `parts`-th of them; return how many were written."""
+    """Write the missing ones of the shards of `part`; return how many were written.
+
+    Shard ``s`` belongs to part ``s % parts``, so that processes share the work alike whenever each of them starts.
+    """
     create_store(plan.folder, plan.info)
-    mine = missing_shards(plan.folder, plan.info)[part::parts]
+    mine = [shard for shard in missing_shards(plan.folder, plan.info) if shard % parts == part]
     for shard in mine:
         write_shard(plan.folder, plan.info, shard, plan.read, encode, on_sample)
     return len(mine)
 
 
-def check_codes(plan: CodePlan, encode: Encode, share: float) -> int:
-    """Encode a share of a finished store's samples again, evenly spread; return how many frames agreed.
+def check_codes(plan: CodePlan, encode: Encode, share: float, part: int = 0, parts: int = 1) -> int:
+    """Encode a share of the samples in the shards of `part` again, evenly spread; return how many frames agreed.
 
     Raises:
-        ValueError: a sample is not what the store holds.
+        ValueError: a sample is not what the store holds, or a shard of this part is not written.
     """
-    count = max(1, round(share * plan.info.samples))
-    step = max(1, plan.info.samples // count)
-    return verify(CodeStore(plan.folder), plan.read, encode, range(0, plan.info.samples, step))
+    info = plan.info
+    mine = range(part, info.shards, parts)
+    if not mine:
+        return 0
+    count = max(1, round(share * info.samples))
+    spread = range(0, info.samples, max(1, info.samples // count))
+    numbers = [number for number in spread if number // info.shard_size in mine] or [info.span(mine[0])[0]]
+    return verify(CodeStore(plan.folder, needed=mine), plan.read, encode, numbers)
 
 
 def coded_entries(
