@@ -7,10 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from vilau.data.sources.folder import FolderConfig
 from vilau.data.sources.llava import LlavaConfig
 from vilau.data.sources.parquet import ParquetConfig
+from vilau.data.sources.source import ReadOptions
 from vilau.data.stamp import files_stamp
 
 
@@ -80,3 +82,18 @@ def test_facts_of_a_source_are_those_of_its_samples() -> None:
     assert ParquetConfig(path="a", cache_bytes=9).facts() == {"format": "parquet"}
     near, far = (LlavaConfig(path="a", media=f"{place}/coco/train").facts() for place in ("/here", "there/and/back"))
     assert near == far != LlavaConfig(path="a", media="/here/coco/test").facts()
+
+
+def test_captions_beside_pictures_count(tmp_path: Path) -> None:
+    """A caption that was mended is another sample, though no picture changed."""
+    for number in range(3):
+        Image.new("RGB", (9, 9), (number, 0, 0)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("a cat")
+
+    def now() -> str:
+        return files_stamp(FolderConfig(path=str(tmp_path)).open(ReadOptions()))
+
+    before = now()
+    assert now() == before
+    (tmp_path / "1.txt").write_text("a dog")
+    assert now() != before
