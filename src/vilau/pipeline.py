@@ -180,9 +180,12 @@ def load(
 
 
 def choose_device(device: str | None) -> torch.device:
-    """Return the device of this name; the GPU if there is one for ``None`` and ``auto``."""
+    """Return the device of this name; the GPU if there is one for ``None`` and ``auto``, under torchrun one's own."""
     if device in (None, "auto"):
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        local = os.environ.get("LOCAL_RANK")
+        return torch.device("cuda") if local is None else torch.device("cuda", int(local) % torch.cuda.device_count())
     try:
         target = torch.device(str(device))
         torch.empty(0, device=target)

@@ -39,6 +39,21 @@ def test_codes_are_made_once_and_trained_from(cli: Any, config: Path, tmp_path: 
     assert (tmp_path / "run" / "sft" / "final" / "model.safetensors").is_file()
 
 
+def test_every_process_checks_its_own_shards(
+    cli: Any, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under torchrun nothing goes unchecked, and a process without shards has nothing to say against it."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = []
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        made = cli("data", "codes", config, "--stage", "sft", "--out", tmp_path / "codes", "--verify", 1)
+        assert made.code == 0, made.err
+        said.append(made.err)
+    assert "0 of 1 shards written" in said[0] and "again" not in said[0]
+    assert "1 of 1 shards written" in said[1] and "3 frames encoded again and found equal" in said[1]
+
+
 def test_wrong_usage(cli: Any, config: Path, tmp_path: Path) -> None:
     """A stage that is not there, a tower that is not there, a misspelt key: one line each, nothing written."""
     out = tmp_path / "codes"

@@ -116,6 +116,25 @@ def test_check_of_whole_sources_that_are_wrong(cli: Cli, folder: Path, tmp_path:
     assert "pets: 8 of 8" in done.out and "there is no such file or folder" in done.out
 
 
+def test_a_sample_that_does_not_fit_the_stage_is_one_problem(cli: Cli, folder: Path) -> None:
+    """A question among pairs for the tower is counted with its reason, and the rest of its source is read."""
+    rows = [("draw it", "<image>"), ("what is <image> this?", "a cat"), ("draw another", "<image>")]
+    said = [
+        {"messages": [{"role": "user", "content": one}, {"role": "assistant", "content": other}], "images": ["0.png"]}
+        for one, other in rows
+    ]
+    table = folder / "chats.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in said))
+    path = config_for(folder, align={})
+    raw = yaml.safe_load(path.read_text())
+    raw["data"]["sources"] = [{"format": "messages", "path": str(table)}]
+    path.write_text(yaml.safe_dump(raw))
+    done = cli("data", "check", path)
+    assert done.code == 1
+    assert "chats.jsonl: 2 of 3 samples can be used" in done.out and "bad_record 1" in done.out
+    assert "chats.jsonl/1 has form question" in done.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

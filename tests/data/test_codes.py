@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from vilau.data.codes import (
 from vilau.data.nano.dataset import FORM_OF, NanoDataset
 from vilau.data.nano.world import World
 from vilau.data.sample import Sample
-from vilau.data.sources.source import BadSample
+from vilau.data.sources.source import BadSample, image_text
 
 P, D, K = 4, 3, 512
 MIXTURE = dict.fromkeys((name for name in FORM_OF if name != "easy_vqa"), 1.0)
@@ -84,6 +85,45 @@ def test_samples_come_back_by_number_with_codes_for_pixels(tmp_path: Path) -> No
         store[50]
 
 
+ODD = "a\u2028b\u2029c\x85d\x0be\x1cf"
+
+
+class Captions(Samples):
+    """Pictures whose captions no editor would write."""
+
+    texts: tuple[str, ...] = (ODD, "cut \ud83d short", "plain")
+
+    def __getitem__(self, index: int) -> Sample:
+        if index == len(self.texts):
+            raise BadSample("missing_file", f"no file {ODD}\udcff")
+        return image_text(f"odd/{index}", np.full((32, 32, 3), index, np.uint8), self.texts[index])
+
+    def __len__(self) -> int:
+        return len(self.texts) + 1
+
+
+def test_any_text_comes_back(tmp_path: Path) -> None:
+    """Other line separators than \\n, and halves of characters as broken JSON gives them, are text like any other."""
+    samples = Captions()
+    make(tmp_path, samples)
+    store = CodeStore(tmp_path)
+    assert [store[n].turns[1].parts[0].text for n in range(3)] == list(samples.texts)
+    with pytest.raises(BadSample, match="no file"):
+        store[3]
+    assert verify(store, samples, encode, range(4)) == 3
+
+
+def test_stores_with_raw_characters_are_read(tmp_path: Path) -> None:
+    """Stores written before, whose texts were not escaped, are whole too."""
+    make(tmp_path, Captions())
+    path = tmp_path / "shard-000000.jsonl"
+    records = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    records[1]["turns"][1]["parts"][0]["text"] = ODD
+    records[3]["message"] = ODD
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    assert CodeStore(tmp_path)[1].turns[1].parts[0].text == ODD
+
+
 def test_work_is_shared_and_resumed_by_shard(tmp_path: Path) -> None:
     """Shards written by two processes, one of them killed, are those of one process; files of others are left alone."""
     samples = Samples()
@@ -130,3 +170,19 @@ def test_verification_finds_what_differs(tmp_path: Path) -> None:
     assert verify(store, samples, encode, range(30)) == frames > 20
     with pytest.raises(ValueError, match="is not what the store holds"):
         verify(store, samples, lambda frames: (encode(frames) + 1) % K, range(30))
+
+
+@pytest.mark.parametrize(("lost", "said"), [((), "sample 4 .* can be read now"), ((0,), "sample 0 .* any more")])
+def test_verification_finds_what_became_good_or_bad(lost: tuple[int, ...], said: str, tmp_path: Path) -> None:
+    """A picture that was mended or lost since is a store that no longer fits, with the remedy; never the old reason."""
+    make(tmp_path, Samples(30))
+
+    def read(index: int) -> tuple[Sample, tuple[np.ndarray, ...]]:
+        if index in lost:
+            raise BadSample("missing_file", f"picture {index} is gone")
+        sample = Samples(30).inner[index]
+        return sample, sample.frames
+
+    with pytest.raises(ValueError, match=f"{said}.*remove that folder and run `vilau data codes`") as caught:
+        verify(CodeStore(tmp_path), read, encode, [0, 4])
+    assert not isinstance(caught.value, BadSample)

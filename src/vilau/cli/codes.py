@@ -29,7 +29,7 @@ def codes(
 
     The tower is frozen in pretrain and sft and pictures are not augmented there, so training from codes equals
     training from pixels. Shards that exist are kept: the same command goes on after a stop, and several
-    processes (torchrun --nproc-per-node N -m vilau data codes ...) share the shards.
+    processes (torchrun --nproc-per-node N -m vilau data codes ...) share the shards, each on a GPU of its own.
     """
     from vilau.cli.settings import read_settings
 
@@ -56,6 +56,7 @@ def codes(
             task = progress.add_task(plan.folder.name, total=plan.info.samples)
             shards = make_codes(plan, encode, part, parts, lambda task=task: progress.advance(task))  # type: ignore[misc]
         say(f"{plan.folder}: {shards} of {plan.info.shards} shards written")
-        if verify and parts == 1:
-            say(f"{plan.folder}: {check_codes(plan, encode, verify)} frames encoded again and found equal")
+        if verify and part < plan.info.shards:  # each process checks the shards that are its own
+            checked = check_codes(plan, encode, verify, part, parts)
+            say(f"{plan.folder}: {checked} frames encoded again and found equal")
     typer.echo(str(out))

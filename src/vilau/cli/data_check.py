@@ -38,12 +38,9 @@ def check(
             advice += getattr(source, "notes", [])
             survey = surveys[source.name] = Survey()
             task = progress.add_task(source.name, total=len(source))
-            try:
-                for part in survey_source(source, reader, workers):
-                    survey.merge(part)
-                    progress.update(task, completed=survey.read)
-            except ValueError as error:  # the whole source does not fit
-                problems.append(f"source {source.name!r}: {error}")
+            for part in survey_source(source, reader, workers):
+                survey.merge(part)
+                progress.update(task, completed=survey.read)
     bad = sum(sum(survey.bad.values()) for survey in surveys.values())
     if as_json:
         print_json({"sources": {name: _facts(survey) for name, survey in surveys.items()}, "problems": problems})

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,8 @@ Read = Callable[[int], tuple[Sample, Sequence[np.ndarray]]]
 class StoreInfo:
     """What a store holds: written once, before its first shard; a store made with other facts is another store.
 
-    data, tower: digests of where the samples come from and of the tower's weights; positions, depth, codebook_size:
+    data, tower: digests of where the samples come from and of the tower's weights; files: of the data's files, "" where
+    there are none, and in stores made before it was kept; positions, depth, codebook_size:
     of the codes ``(P, D)`` in [0, K); samples: how many, bad ones included; variants: codes per frame, 2 where a frame
     is read both squashed and cut to its centre square; shard_size: samples per shard.
     """
@@ -50,6 +51,7 @@ class StoreInfo:
     samples: int
     variants: int = 1
     shard_size: int = 4096
+    files: str = ""
 
     @property
     def shards(self) -> int:
@@ -124,7 +126,7 @@ def write_shard(
         coded.append(_encode(encode, waiting, info))
     kind = np.int16 if info.codebook_size <= 1 << 15 else np.int32
     codes = np.concatenate(coded) if coded else np.zeros((0, info.positions, info.depth))
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    lines = "".join(json.dumps(record) + "\n" for record in records)  # ASCII: any text, lone surrogates too
     text_path, codes_path = _text_path(folder, shard), _codes_path(folder, shard)
     write_text(lines, text_path, durable=True)
     with atomic_path(codes_path, durable=True) as beside:  # last: it counts
@@ -134,14 +136,19 @@ def write_shard(
 class CodeStore:
     """Read a store: samples by number, whose frames are codes ``(P, D)``, or ``(2, P, D)`` with two variants.
 
+    Args:
+        needed: the shards that will be read; all if None.
+
     Raises:
-        ValueError: the folder is no store, or shards of it are not written yet.
+        ValueError: the folder is no store, or shards that are needed are not written yet.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], shards_in_memory: int = 8) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], shards_in_memory: int = 8, needed: Container[int] | None = None
+    ) -> None:
         self.folder = Path(folder)
         self.info = read_info(self.folder)
-        missing = missing_shards(self.folder, self.info)
+        missing = [n for n in missing_shards(self.folder, self.info) if needed is None or n in needed]
         if missing:
             raise ValueError(
                 f"{self.folder}: {len(missing)} of {self.info.shards} shards are not written yet; "
@@ -170,8 +177,8 @@ class CodeStore:
     def _shard(self, number: int) -> tuple[list[dict[str, Any]], list[int], np.ndarray]:
         if number not in self._shards:
             try:
-                lines = _text_path(self.folder, number).read_text(encoding="utf-8").splitlines()
-                records = [json.loads(line) for line in lines]
+                lines = _text_path(self.folder, number).read_bytes().split(b"\n")  # no other line end: texts hold them
+                records = [json.loads(line) for line in lines if line]
                 with safe_open(_codes_path(self.folder, number), "numpy") as file:
                     codes = file.get_tensor("codes")
             except (OSError, ValueError, SafetensorError) as error:
@@ -193,18 +200,31 @@ def verify(store: CodeStore, read: Read, encode: Encode, numbers: Iterable[int])
     """Encode some samples again and compare; return how many frames agreed.
 
     Raises:
-        ValueError: a sample is not what the store holds; its number is named.
+        ValueError: a sample is not what the store holds, or is bad in one of the two only; its number is named.
     """
     compared = 0
+    remedy = f"the data changed since {store.folder} was made; remove that folder and run `vilau data codes`"
     for number in numbers:
+        held: Sample | BadSample
+        try:
+            held = store[number]
+        except BadSample as bad:
+            held = bad
         try:
             fresh, squares = read(number)
-        except BadSample:
-            continue
+        except BadSample as bad:
+            if isinstance(held, BadSample):
+                continue
+            raise ValueError(f"sample {number} ({held.id}) cannot be read any more ({bad}): {remedy}") from bad
+        if isinstance(held, BadSample):
+            raise ValueError(f"sample {number} ({fresh.id}) can be read now, but could not ({held}): {remedy}")
         codes = _encode(encode, list(squares), store.info) if squares else np.zeros((0, 0, 0))
         swapped = _from_record(_to_record(fresh), _by_frame(codes, store.info.variants))
-        if not _equal(swapped, store[number]):
-            raise ValueError(f"{store.folder}: sample {number} ({fresh.id}) is not what the store holds; make it anew")
+        if not _equal(swapped, held):
+            raise ValueError(
+                f"{store.folder}: sample {number} ({fresh.id}) is not what the store holds: other data, another "
+                "tower or another machine's rounding; remove that folder and run `vilau data codes`"
+            )
         compared += len(fresh.frames)
     return compared
 

@@ -104,6 +104,8 @@ def survey_part(source: Source, use: Callable[[Sample], object], indices: Iterab
             use(sample)
         except BadSample as bad:
             survey.add_bad(source.name, source.shard(index), bad)
+        except ValueError as error:  # does not fit the stage, where others may
+            survey.add_bad(source.name, source.shard(index), BadSample("bad_record", str(error)))
         else:
             survey.add(sample)
     return survey

@@ -6,9 +6,9 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,24 @@ import torch
 from vilau.checkpoints.digest import tower_digest
 from vilau.configuration import VilaUConfig
 from vilau.data.coded_source import CodedSource, SquareReader
-from vilau.data.codes import CodeStore, Encode, Read, StoreInfo, create_store, missing_shards, verify, write_shard
+from vilau.data.codes import (
+    INFO,
+    CodeStore,
+    Encode,
+    Read,
+    StoreInfo,
+    create_store,
+    missing_shards,
+    read_info,
+    verify,
+    write_shard,
+)
 from vilau.data.feed import SampleFeed
 from vilau.data.mixture import Entry
 from vilau.data.nano.dataset import NanoDataset
 from vilau.data.sample import Sample
-from vilau.data.sources.nano import NanoConfig
+from vilau.data.sources.source import Source
+from vilau.data.stamp import files_stamp
 from vilau.modeling.vila_u import VilaUModel
 from vilau.modeling.vision_tower import VisionTower
 from vilau.shipped import MODEL_TYPE, model_type
@@ -39,6 +51,51 @@ class CodePlan:
     folder: Path
     info: StoreInfo
     read: Read
+
+
+@dataclass(frozen=True)
+class DataIdentity:
+    """What decides about the samples of a store.
+
+    data, files: digests of the settings and of the files; former: of the settings as stores have it that were made
+    before `files` was kept.
+    """
+
+    data: str
+    files: str
+    former: str
+
+    def of(self, source: Source) -> DataIdentity:
+        """Return the same with the files of the opened source."""
+        return replace(self, files=files_stamp(source))
+
+    def as_made(self, folder: Path, info: StoreInfo) -> StoreInfo:
+        """Return `info` as an earlier version would have written it, where the folder holds such a store of this."""
+        present = read_info(folder) if (folder / INFO).is_file() else info
+        if not present.files and present.data == self.former:
+            return replace(info, data=self.former, files="")
+        return info
+
+    def check(self, store: CodeStore, of: str) -> None:
+        """Refuse a store of other samples.
+
+        Raises:
+            ValueError: the settings or the files are others than when the codes were made.
+        """
+        info, remedy = store.info, "run `vilau data codes` into a new folder"
+        if not info.files and info.data == self.former:
+            return
+        if info.data != self.data:
+            raise ValueError(
+                f"{store.folder} holds other samples than {of} now gives: it was made with other fields of the source "
+                "(caption_field, media, filters, forms, seed ...), another image size, num_frames or max_pixels; take "
+                f"these back, or {remedy}"
+            )
+        if info.files != self.files:
+            raise ValueError(
+                f"{store.folder} holds other samples than {of} now gives: names, sizes or bytes of its files changed "
+                f"since; {remedy}"
+            )
 
 
 def encoder_of(tower: VisionTower) -> Encode:
@@ -89,9 +146,9 @@ def plan_codes(config: TrainConfig, name: StageName, tower: VisionTower, num_fra
     vision = tower.config
     size, digest = int(vision.image_size), tower_digest(tower, decoder=False)
 
-    def info(data: Any, samples: int, variants: int) -> StoreInfo:
+    def info(identity: DataIdentity, samples: int, variants: int) -> StoreInfo:
         shape = (int(vision.num_positions), int(vision.depth), int(vision.codebook_size))
-        return StoreInfo(_data_digest(size, num_frames, data), digest, *shape, samples, variants)
+        return StoreInfo(identity.data, digest, *shape, samples, variants, files=identity.files)
 
     if not config.data.sources:
         if settings.steps is None:
@@ -102,13 +159,17 @@ def plan_codes(config: TrainConfig, name: StageName, tower: VisionTower, num_fra
         dataset = build_nano_samples(config, name, size, num_frames)
         world = [config.data.world, config.data.objects, config.data.styles]
         facts = [world, dict(settings.mixture), settings.jitter, stage_seed(config, name)]
-        return [CodePlan(out / "nano", info(facts, len(dataset), 1), _squares_of(dataset.__getitem__))]
-    described = {source.label: source.content() for source in config.data.sources}
+        data = _digest([size, num_frames, facts])
+        identity = DataIdentity(data, files_stamp(SimpleNamespace(files=[dataset.world.archive])), data)
+        held = identity.as_made(out / "nano", info(identity, len(dataset), 1))
+        return [CodePlan(out / "nano", held, _squares_of(dataset.__getitem__))]
+    described = _describe(config, size, num_frames)
     plans = []
     for entry in open_sources(config, size, num_frames, settings.mixture, f"stages.{name}.mixture"):
         source, both = entry.source, entry.forms is not None
-        held = info(described[source.name], len(source), 1 + both)
-        plans.append(CodePlan(_folder(out, source.name), held, SquareReader(source, size, both)))
+        folder, identity = _folder(out, source.name), described[source.name].of(source)
+        held = identity.as_made(folder, info(identity, len(source), 1 + both))
+        plans.append(CodePlan(folder, held, SquareReader(source, size, both)))
     return plans
 
 
@@ -132,56 +193,59 @@ def build_stage_samples(
         return coded_nano(plan_codes(config, name, tower, num_frames, folder)[0])
     if folder is None:
         return build_samples(config, name, size, num_frames)
-    drawn = {
-        source.label: _data_digest(size, num_frames, source.content())
-        for source in config.data.sources
-        if isinstance(source, NanoConfig)
-    }
-    return build_samples(config, name, size, num_frames, lambda entries: coded_entries(entries, folder, tower, drawn))
+    described = _describe(config, size, num_frames)
+    return build_samples(
+        config, name, size, num_frames, lambda entries: coded_entries(entries, folder, tower, described)
+    )
 
 
 def make_codes(
     plan: CodePlan, encode: Encode, part: int, parts: int, on_sample: Callable[[], object] = lambda: None
 ) -> int:
-    """Write the missing shards of one store, every `parts`-th of them; return how many were written."""
+    """Write the missing ones of the shards of `part`; return how many were written.
+
+    Shard ``s`` belongs to part ``s % parts``, so that processes share the work alike whenever each of them starts.
+    """
     create_store(plan.folder, plan.info)
-    mine = missing_shards(plan.folder, plan.info)[part::parts]
+    mine = [shard for shard in missing_shards(plan.folder, plan.info) if shard % parts == part]
     for shard in mine:
         write_shard(plan.folder, plan.info, shard, plan.read, encode, on_sample)
     return len(mine)
 
 
-def check_codes(plan: CodePlan, encode: Encode, share: float) -> int:
-    """Encode a share of a finished store's samples again, evenly spread; return how many frames agreed.
+def check_codes(plan: CodePlan, encode: Encode, share: float, part: int = 0, parts: int = 1) -> int:
+    """Encode a share of the samples in the shards of `part` again, evenly spread; return how many frames agreed.
 
     Raises:
-        ValueError: a sample is not what the store holds.
+        ValueError: a sample is not what the store holds, or a shard of this part is not written.
     """
-    count = max(1, round(share * plan.info.samples))
-    step = max(1, plan.info.samples // count)
-    return verify(CodeStore(plan.folder), plan.read, encode, range(0, plan.info.samples, step))
+    info = plan.info
+    mine = range(part, info.shards, parts)
+    if not mine:
+        return 0
+    count = max(1, round(share * info.samples))
+    spread = range(0, info.samples, max(1, info.samples // count))
+    numbers = [number for number in spread if number // info.shard_size in mine] or [info.span(mine[0])[0]]
+    return verify(CodeStore(plan.folder, needed=mine), plan.read, encode, numbers)
 
 
 def coded_entries(
-    entries: list[Entry], folder: Path, tower: VisionTower, drawn: Mapping[str, str] = MappingProxyType({})
+    entries: list[Entry], folder: Path, tower: VisionTower, described: Mapping[str, DataIdentity]
 ) -> list[Entry]:
     """Return the parts of a mixture with their codes from `folder` for pixels.
 
-    drawn: name -> digest of the settings of sources whose samples follow from these alone.
+    described: name -> what decides about the samples of a source.
 
     Raises:
-        ValueError: codes are missing, were made by another tower, or hold pictures in one way where two are needed.
+        ValueError: codes are missing, were made by another tower or of other data, or hold pictures in one way where
+            two are needed.
     """
     digest = tower_digest(tower, decoder=False)
     coded = []
     for entry in entries:
         source = CodedSource(entry.source, _folder(folder, entry.source.name))
         _check_tower(source.store, digest)
-        if drawn.get(source.name, source.store.info.data) != source.store.info.data:
-            raise ValueError(
-                f"{source.store.folder} holds other samples than source {source.name!r} now gives (other forms, seed, "
-                "objects, styles, jitter or image size); run `vilau data codes` into a new folder"
-            )
+        described[source.name].of(entry.source).check(source.store, f"source {source.name!r}")
         if entry.forms is not None and source.store.info.variants == 1:
             raise ValueError(
                 f"{source.store.folder} was made without `forms` for source {source.name!r}, so its pictures are there "
@@ -199,7 +263,7 @@ def coded_nano(plan: CodePlan) -> CodeStore:
     """
     store = CodeStore(plan.folder)
     _check_tower(store, plan.info.tower)
-    if store.info.data != plan.info.data:
+    if store.info.data != plan.info.data or store.info.files != plan.info.files:
         raise ValueError(
             f"{plan.folder} holds other samples than this stage reads (another world, mixture, jitter, image size or "
             "seed); run `vilau data codes` into a new folder"
@@ -211,10 +275,20 @@ def coded_nano(plan: CodePlan) -> CodeStore:
     return store
 
 
-def _data_digest(size: int, num_frames: int, data: Any) -> str:
+def _describe(config: TrainConfig, size: int, num_frames: int) -> dict[str, DataIdentity]:
+    """Source's name -> what decides about its samples, but for its files."""
+    limit = config.data.max_pixels
+    return {
+        source.label: DataIdentity(
+            _digest([size, num_frames, limit, source.facts()]), "", _digest([size, num_frames, source.content()])
+        )
+        for source in config.data.sources
+    }
+
+
+def _digest(facts: Any) -> str:
     """SHA-256 of what decides about the samples of a store."""
-    facts = json.dumps([size, num_frames, data], sort_keys=True, default=str)
-    return hashlib.sha256(facts.encode()).hexdigest()
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _check_tower(store: CodeStore, digest: str) -> None:

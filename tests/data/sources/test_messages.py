@@ -59,10 +59,33 @@ ROWS: list[tuple[dict[str, Any], list[str]]] = [
         ["text", "system: be brief", "user: hi", "assistant: hello there"],
     ),
 ]  # fmt: skip
+NAMED: dict[str, Any] = {"type": "image", "image": "1.png"}
+TWICE: list[tuple[dict[str, Any], list[str]]] = [
+    (
+        {"messages": chat([NAMED, words("what?")], "a cat"), "images": ["1.png"]},
+        ["question", "user: <1> what?", "assistant: a cat"],
+    ),
+    (
+        {"messages": chat([{"type": "image"}, NAMED, words("which?")], "both"), "images": [{"path": "1.png"}, "0.png"]},
+        ["question", "user: <0> <1> which?", "assistant: both"],
+    ),
+    (
+        {"messages": chat([NAMED, {"type": "image"}, words("same?")], "yes"), "images": ["1.png"]},
+        ["question", "user: <1> <1> same?", "assistant: yes"],
+    ),
+    (
+        {"messages": chat([NAMED, NAMED, words("same?")], "yes"), "images": ["file://1.png"]},
+        ["question", "user: <1> <1> same?", "assistant: yes"],
+    ),
+]
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": chat([{"type": "image"}, words("q")], "a"), "images": []}, "image_count"),
     ({"messages": chat("q", "a"), "images": ["0.png"]}, "image_count"),
+    ({"messages": chat([NAMED, words("q")], "a"), "images": ["1.png", "1.png"]}, "image_count"),
+    ({"messages": chat([NAMED, words("q")], "a"), "images": ["0.png"]}, "image_count"),
+    ({"messages": chat([{"type": "image", "index": 0}], "a"), "images": ["1.png", "1.png"]}, "image_count"),
     ({"messages": chat([{"type": "image", "index": 3}], "a"), "images": ["0.png"]}, "image_count"),
+    ({"messages": chat([{"type": "image", "index": 0}], "a"), "images": [None]}, "image_count"),
     ({"messages": chat([{"type": "audio"}], "a")}, "bad_record"),
     ({"messages": chat([{"type": "text"}], "a")}, "bad_record"),
     ({"messages": chat(3, "a")}, "bad_record"),
@@ -91,6 +114,13 @@ def test_rows_become_samples(folder: Path, options: ReadOptions, ending: str) ->
     assert isinstance(config, MessagesConfig)
     source = config.open(options)
     assert [told(source.read(index)) for index in range(len(ROWS))] == [expected for _, expected in ROWS]
+
+
+def test_a_picture_named_and_listed_is_one(folder: Path, options: ReadOptions) -> None:
+    """What a part names and the list repeats is taken once; a part without a name gets what the list has for it."""
+    path = write_records(folder / "twice.jsonl", [row for row, _ in TWICE])
+    source = MessagesConfig(path=str(path)).open(options)
+    assert [told(source.read(index)) for index in range(len(TWICE))] == [expected for _, expected in TWICE]
 
 
 def test_bad_rows_are_named(folder: Path, options: ReadOptions) -> None:

@@ -72,6 +72,38 @@ def test_scores_filter_rows(tmp_path: Path, options: ReadOptions) -> None:
         ParquetConfig(path=str(tmp_path), filters=["watermark > 5"]).open(options)
 
 
+def test_dots_go_into_mappings(tmp_path: Path, options: ReadOptions) -> None:
+    """Captions, pictures and scores within a column of mappings, some of them null, as in records of other formats."""
+    rows = [{"caption": f"deep {n}", "score": n, "picture": {"bytes": encoded(n), "path": None}} for n in range(5)]
+    write(tmp_path / "a.parquet", {"meta": [*rows, None], "image": [encoded(9)] * 6})
+    deep = {"caption_field": "meta.caption", "filters": ["meta.score >= 1"]}
+    for image, first in ((None, 9), ("meta.picture", 1)):
+        source = ParquetConfig(path=str(tmp_path), image_field=image, **deep).open(options)  # type: ignore[arg-type]
+        assert [source.read(n).turns[1].parts[0].text for n in range(len(source))] == [f"deep {n}" for n in range(1, 5)]
+        assert np.array_equal(source.read(0).frames[0], picture(first))
+    source = ParquetConfig(path=str(tmp_path), caption_field="meta.caption").open(options)
+    with pytest.raises(BadSample, match="row 5: meta.caption: is missing"):
+        source.read(5)
+    for fields in ({"caption_field": "meta.title"}, {"caption_field": "meta.score.deep"}):
+        with pytest.raises(ValueError, match=r"no column 'meta\..*; there are meta \(caption, score, picture\), image"):
+            ParquetConfig(path=str(tmp_path), **fields).open(options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"filter on 'meta.title', but a.parquet has meta \(caption"):
+        ParquetConfig(path=str(tmp_path), caption_field="meta.caption", filters=["meta.title > 1"]).open(options)
+
+
+@pytest.mark.parametrize("field", ["caption", "meta.caption"])
+def test_a_later_file_that_lacks_a_column(field: str, tmp_path: Path, options: ReadOptions) -> None:
+    """Its rows are bad samples with a reason; those of the other files are read."""
+    captions = {"caption": ["good"], "meta": [{"caption": "good"}]}
+    write(tmp_path / "a.parquet", {"image": [encoded(0)], **captions})
+    write(tmp_path / "b.parquet", {"image": [encoded(1)], "said": ["bad"], "meta": [{"other": 1}]})
+    source = ParquetConfig(path=str(tmp_path), caption_field=field).open(options)
+    assert source.read(0).turns[1].parts[0].text == "good"
+    with pytest.raises(BadSample, match=f"b.parquet row 0: .*no column '{field}'") as caught:
+        source.read(1)
+    assert caught.value.kind == "bad_record"
+
+
 def test_several_captions(tmp_path: Path, options: ReadOptions) -> None:
     """Captions as a list or as JSON of named captions all reach the sample; a bracket alone is no JSON."""
     cells = [json.dumps({"long": "a long one", "short": "short"}), "[not json", json.dumps(["one", " "])]

@@ -46,6 +46,33 @@ def test_lines_may_be_blank_marked_or_ended_as_on_windows(tmp_path: Path) -> Non
     assert [read.read(index) for index in range(len(read))] == [{"n": 0}, {"n": 1}, {}, {"n": 3}]
 
 
+def test_lines_of_blanks_are_no_records(tmp_path: Path) -> None:
+    """However many blanks a line has; one that begins with some is a record all the same."""
+    (tmp_path / "a.jsonl").write_bytes(b'      \n{"n": 0}\n    \t  \r\n  {"n": 1}\n\r\n   ')
+    read = Records(str(tmp_path / "a.jsonl"))
+    assert [read.read(index) for index in range(len(read))] == [{"n": 0}, {"n": 1}]
+
+
+def test_what_is_no_mapping_in_a_list_is_a_bad_sample(tmp_path: Path) -> None:
+    """Numbers, texts, null and lists count, so that nothing of a file is left out silently."""
+    listed: list[object] = [None, {"n": 1}, 2.5, "a, [b", {"n": 4}, True, [6], -7, {}, "", 1]
+    for layout in ({}, {"indent": 1}, {"separators": (",", ":")}):
+        path = tmp_path / f"{len(layout)}{layout.get('indent')}.json"
+        path.write_text(json.dumps(listed, **layout))  # type: ignore[arg-type]
+        read = Records(str(path))
+        assert len(read) == len(listed)
+        for index, expected in enumerate(listed):
+            if isinstance(expected, dict):
+                assert read.read(index) == expected
+                continue
+            with pytest.raises(BadSample, match=f"record {index}: a .*, not a mapping") as caught:
+                read.read(index)
+            assert caught.value.kind == "bad_record"
+    (tmp_path / "torn.json").write_text('[{"n": 0} nul, {"n": 1}]')
+    with pytest.raises(BadSample, match="record 1: not valid JSON"):
+        Records(str(tmp_path / "torn.json")).read(1)
+
+
 def test_a_broken_line_is_one_bad_sample(tmp_path: Path) -> None:
     """One line that is no JSON, or no mapping, costs one sample, with its place in the message."""
     (tmp_path / "a.jsonl").write_text('{"n": 0}\n{"n": \n[1, 2]\n{"n": 3}\n')

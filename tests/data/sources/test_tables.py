@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import pickle
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from vilau.data.sources.source import BadSample
@@ -29,6 +30,36 @@ def test_any_table_is_cut_at_its_rows(
         writer.writerows([("x", "y"), *rows])
     read = pickle.loads(pickle.dumps(open_table(str(path))))
     assert [tuple(read.read(index).values()) for index in range(len(read))] == rows
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(st.sampled_from('ab"|\n\r'), max_size=24), ending=st.sampled_from([".csv", ".tsv"]))
+@example('a 15" laptop|b\nc|d\n', ".tsv")
+@example('"a""b" c"\n"\r\n"\r\nb', ".csv")
+def test_rows_are_those_of_pythons_csv(tmp_path_factory: pytest.TempPathFactory, text: str, ending: str) -> None:
+    """A stray quote is text and swallows nothing: any file in which quoted fields close has the rows that csv reads."""
+    delimiter = "\t" if ending == ".tsv" else ","
+    text = text.replace("|", delimiter)
+
+    def rows_of(words: str) -> int:
+        return sum(bool(row) for row in csv.reader(io.StringIO(words, newline=""), delimiter=delimiter))
+
+    assume(rows_of(text) and rows_of(text + "\nlast") == rows_of(text) + 1)  # quoted fields close
+    path = tmp_path_factory.mktemp("table") / f"a{ending}"
+    path.write_bytes(b"x\n" + text.encode())
+    assert len(Rows(str(path))) == rows_of(text)
+
+
+def test_a_quote_that_never_closes_costs_one_row(tmp_path: Path) -> None:
+    """The rest of the file is read, and the row is a bad sample that says why."""
+    (tmp_path / "a.tsv").write_text('name\ttext\na\tone\n15" b\t"two\nc\tthree\nd\tfour\n')
+    read = Rows(str(tmp_path / "a.tsv"))
+    assert [read.read(index)["text"] for index in (0, 2, 3)] == ["one", "three", "four"] and len(read) == 4
+    with pytest.raises(BadSample, match="a.tsv, record 1: a quoted field never closes"):
+        read.read(1)
+    (tmp_path / "b.csv").write_text('name,"text\na,b\n')
+    with pytest.raises(ValueError, match="b.csv: a quoted name in its first line never closes"):
+        Rows(str(tmp_path / "b.csv"))
 
 
 def test_files_of_several_columns_count_through(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ SEEN = ["video_text", "user: <4 5> what moves?", "assistant: a car"]
 ROWS: list[dict[str, Any]] = [
     {"video": "film.mp4", "q": "what moves?", "a": "a car"},
     {"video_id": "film", "q": "what moves?", "a": "a car", "fps": 8, "frame_count": 4},
+    {"video_id": 6513, "q": "what moves?", "a": "a car"},
+    {"video": None, "video_id": 0, "q": "what moves?", "a": "a car"},
     {"video": "film.webp", "question": "what moves?", "answer": "a car"},
     {"id": 1, "video": "film.mp4", "conversations": said("<video>\nwhat moves?", "a car")},
     {"id": 2, "video": "film.mp4", "conversations": said("<image>\nwhat moves?", "a car"), "fps": 0.0},
@@ -33,6 +35,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"video": "film.mp4", "conversations": said("<video><video>q", "a")}, "image_count"),
     ({"video": "film.mp4", "q": "q", "a": "a", "fps": "fast"}, "bad_record"),
     ({"q": "q", "a": "a"}, "bad_record"),
+    ({"video_id": True, "q": "q", "a": "a"}, "bad_record"),
+    ({"video_id": 6514, "q": "q", "a": "a"}, "missing_file"),
     ({"video": {"name": "x"}, "q": "q", "a": "a"}, "bad_record"),
 ]
 
@@ -43,6 +47,8 @@ def folder(tmp_path: Path) -> Path:
     film = write_film(tmp_path / "film.mp4", 4, 4, 5, 5)
     write_film(tmp_path / "film.webp", 4, 4, 5, 5)
     write_pictures(tmp_path / "frames", 4, 5)
+    for number in (0, 6513):
+        (tmp_path / f"{number}.mp4").write_bytes(film.read_bytes())
     (tmp_path / "cut.mp4").write_bytes(film.read_bytes()[:-200])
     (tmp_path / "empty").mkdir()
     return tmp_path

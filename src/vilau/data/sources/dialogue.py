@@ -211,6 +211,11 @@ class RecordSource:
         self.records = records or Records(config.path, options.cache)
         self._folder = media_folder(config)
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that say what the samples are."""
+        return self.records.paths
+
     def __len__(self) -> int:
         return len(self.records)
 

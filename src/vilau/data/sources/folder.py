@@ -92,6 +92,13 @@ class FilesSource:
             found = kept
         self._names = Strings(found)
 
+    @property
+    def files(self) -> list[str]:
+        """The pictures, and where captions beside them may lie."""
+        names = [os.path.join(self.root, self._names[index]) for index in range(len(self))]
+        endings = () if self.classes else (".txt", ".json")
+        return [file for name in names for file in (name, *(os.path.splitext(name)[0] + end for end in endings))]
+
     def __len__(self) -> int:
         return len(self._names)
 
@@ -140,6 +147,11 @@ class TableSource:
             return passes_all(filters, self._table.read(number))
         except BadSample:
             return False
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that say what the samples are."""
+        return self._table.paths
 
     def __len__(self) -> int:
         return len(self._table if self._kept is None else self._kept)

@@ -44,7 +44,7 @@ class Media:
         return image(decode_image(_from_base64(text.rpartition(",")[2], where), where, self.options))
 
     def video(self, named: Any, where: str) -> Part:
-        """Return the film of a file name (its ending may be left out), bytes, or a folder or list of frames.
+        """Return the film of a file name or id (its ending may be left out), bytes, or a folder or list of frames.
 
         Raises:
             BadSample: missing_file, remote_file, bad_record, and whatever is wrong with the film.
@@ -82,6 +82,8 @@ class Media:
     def _resolve(self, named: Any, where: str) -> str | bytes:
         if isinstance(named, Mapping):
             named = named.get("bytes") or named.get("path")
+        if isinstance(named, int) and not isinstance(named, bool):
+            named = str(named)  # an id: 6513 for 6513.mp4
         if isinstance(named, bytes) and named:
             return named
         if not isinstance(named, str | Path) or not str(named) or "\0" in str(named):

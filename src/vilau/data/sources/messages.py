@@ -2,7 +2,8 @@
 
 A message's ``content`` is a text, in which ``<image>`` and ``<video>`` mark places, or a list of parts: ``{"type":
 "text", "text": ...}`` and ``{"type": "image"}``. An image part may name its own picture (``image``, ``path``, ``url``,
-``image_url``) or one of ``images`` by ``index``; otherwise the pictures follow the order of their places.
+``image_url``) or one of ``images`` by ``index``; otherwise the pictures follow the order of their places. A picture
+that a part names and ``images`` lists again is one picture.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class MessagesSource(RecordSource):
         media = {kind: as_list(record.get(f"{kind}s")) or as_list(record.get(kind)) for kind in ("image", "video")}
         used: dict[str, set[int]] = {kind: set() for kind in media}
         said = [self._said(message, media, used, f"{where}, message {n}") for n, message in enumerate(messages)]
-        rest = {kind: [name for n, name in enumerate(names) if n not in used[kind]] for kind, names in media.items()}
+        rest = {kind: _unclaimed(kind, names, used[kind], said) for kind, names in media.items()}
         return build_sample(sample_id, said, rest, reader, where)
 
     @staticmethod
@@ -81,6 +82,28 @@ class MessagesSource(RecordSource):
         if not isinstance(content, list | tuple):
             raise BadSample("bad_record", f"{where}: content is {type(content).__name__}, neither text nor parts")
         return speaker, [_part(part, media, used, where) for part in content]  # type: ignore[return-value]
+
+
+def _unclaimed(kind: str, listed: Sequence[Any], used: set[int], said: Sequence[Said]) -> list[Any]:
+    """What is listed for the parts that name nothing: without what parts point at, or name and the list names again."""
+    rest = [name for n, name in enumerate(listed) if n not in used]
+    marks = [piece for _, pieces in said for piece in pieces if isinstance(piece, Mark) and piece.kind == kind]
+    named = [mark.named for mark in marks if mark.named is not None]
+    for n in used:
+        if listed[n] in named:  # not a null that a part points at
+            named.remove(listed[n])
+    for name in map(_plain, named):
+        again = next((n for n, other in enumerate(rest) if _plain(other) == name), None)
+        if again is not None and len(rest) > sum(mark.named is None for mark in marks):
+            del rest[again]
+    return rest
+
+
+def _plain(named: Any) -> Any:
+    """A picture's name or bytes, however it is wrapped."""
+    if isinstance(named, Mapping):
+        named = named.get("bytes") or named.get("path") or named.get("url")
+    return named.removeprefix("file://") if isinstance(named, str) else named
 
 
 def _part(part: Any, media: Mapping[str, list[Any]], used: dict[str, set[int]], where: str) -> str | Mark:

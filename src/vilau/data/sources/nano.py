@@ -100,6 +100,11 @@ class NanoSource:
         self._picture_share = shares.get(PICTURES, 0.0) / sum(shares.values())
         self.forms = frozenset(ALL_FORM_OF.get(name, "image_text") for name in shares)
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that say what the samples are."""
+        return [self.world.archive]
+
     def __len__(self) -> int:
         return self._size
 

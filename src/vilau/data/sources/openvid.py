@@ -50,6 +50,11 @@ class OpenVidSource:
                     )
         self._folder = media_folder(config)
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that say what the samples are."""
+        return self._rows.paths
+
     def __len__(self) -> int:
         return len(self._rows)
 

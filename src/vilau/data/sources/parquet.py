@@ -66,10 +66,10 @@ class ParquetSource:
         self._paths = find_files(config.path, ".parquet")
         self.notes: list[str] = []
         self._groups = [self._group_ends(path) for path in self._paths]
-        first = open_parquet(self._paths[0]).schema_arrow.names
+        first = open_parquet(self._paths[0]).schema_arrow
         self._image = self._column(first, config.image_field, (*IMAGE_COLUMNS, *FILE_COLUMNS), "image_field")
         self._caption: str | None = None
-        if options.needs_captions or config.caption_field or any(name in first for name in CAPTION_FIELDS):
+        if options.needs_captions or config.caption_field or any(name in first.names for name in CAPTION_FIELDS):
             self._caption = self._column(first, config.caption_field, CAPTION_FIELDS, "caption_field")
         self._kept: list[NumberFile] | None = None
         if config.filters:
@@ -99,10 +99,11 @@ class ParquetSource:
             logger.warning(note)
         return ends
 
-    def _column(self, names: list[str], given: str | None, usual: tuple[str, ...], option: str) -> str:
+    def _column(self, schema: Any, given: str | None, usual: tuple[str, ...], option: str) -> str:
+        names = schema.names
         if given is not None:
-            if given.split(".")[0] not in names:
-                raise ValueError(f"source {self.name!r}: no column {given!r}; there are {', '.join(names)}")
+            if not _has_column(schema, given):
+                raise ValueError(f"source {self.name!r}: no column {given!r}; there are {_described(schema)}")
             return given
         found = next((name for name in usual if name in names), None)
         if found is not None:
@@ -123,15 +124,20 @@ class ParquetSource:
         filters = parse_filters(self.config.filters)
         file, kept = open_parquet(path), []
         for rule in filters:
-            if rule.field.split(".")[0] not in file.schema_arrow.names:
-                names = ", ".join(file.schema_arrow.names)
+            if not _has_column(file.schema_arrow, rule.field):
+                names = _described(file.schema_arrow)
                 raise ValueError(f"source {self.name!r}: filter on {rule.field!r}, but {path.name} has {names}")
         for batch in file.iter_batches(columns=sorted({rule.field for rule in filters})):
             marks = np.ones(len(batch), dtype=bool)
             for rule in filters:
-                marks &= _passing(rule, batch.column(rule.field))
+                marks &= _passing(rule, _column_of(batch, rule.field))
             kept.append(marks)
         return np.flatnonzero(np.concatenate(kept)) if kept else np.zeros(0, dtype=np.int64)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that say what the samples are."""
+        return self._paths
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -193,7 +199,7 @@ class GroupCache:
         self.__init__(**state)  # type: ignore[misc]
 
     def get(self, path: Path, group: int) -> list[Any]:
-        """Return the columns of a row group, in the order of ``columns``."""
+        """Return the columns of a row group, in the order of ``columns``; ``ValueError`` where one is not there."""
         if self._owner != os.getpid():  # forked: open files of one's own
             self._files, self._owner = OrderedDict(), os.getpid()
         key = (path, group)
@@ -203,7 +209,7 @@ class GroupCache:
             if len(self._files) > 8:
                 self._files.popitem(last=False)
             table = file.read_row_group(group, columns=self.columns, use_threads=False)
-            self._groups[key] = [table.column(name) for name in self.columns]
+            self._groups[key] = [_column_of(table, name) for name in self.columns]
             self._bytes += sum(column.nbytes for column in self._groups[key])
             while self._bytes > self.limit and len(self._groups) > 1:
                 _, old = self._groups.popitem(last=False)
@@ -223,12 +229,50 @@ def open_parquet(path: Path) -> Any:
         raise ValueError(f"{path} is not a readable parquet file: {error}") from error
 
 
+def _has_column(schema: Any, name: str) -> bool:
+    """Whether a column of this name is there; dots go into columns of mappings."""
+    import pyarrow
+
+    if name in schema.names:
+        return True
+    first, *parts = name.split(".")
+    kind = schema.field(first).type if parts and first in schema.names else None
+    for part in parts:
+        if kind is None or not pyarrow.types.is_struct(kind) or kind.get_field_index(part) < 0:
+            return False
+        kind = kind.field(part).type
+    return kind is not None
+
+
+def _column_of(table: Any, name: str) -> Any:
+    """A column of a table or batch, as `_has_column` finds it; a field of no mapping is null."""
+    import pyarrow.compute
+
+    if not _has_column(table.schema, name):
+        raise ValueError(f"no column {name!r}; there are {_described(table.schema)}")
+    if name in table.schema.names:
+        return table.column(name)
+    first, *parts = name.split(".")
+    return pyarrow.compute.struct_field(table.column(first), parts)
+
+
+def _described(schema: Any) -> str:
+    import pyarrow
+
+    return ", ".join(
+        f"{field.name} ({', '.join(part.name for part in field.type)})"
+        if pyarrow.types.is_struct(field.type)
+        else field.name
+        for field in schema
+    )
+
+
 def _passing(rule: Filter, column: Any) -> np.ndarray:
     if isinstance(rule.value, str):
         return np.fromiter((rule.passes(value) for value in column.to_pylist()), dtype=bool, count=len(column))
     try:
         values = column.cast("float64").to_numpy(zero_copy_only=False)
-    except ValueError:  # a column of text or mixed kinds
+    except (ValueError, NotImplementedError):  # a column of text, mixed kinds or mappings
         return np.fromiter((rule.passes(value) for value in column.to_pylist()), dtype=bool, count=len(column))
     compared = {
         ">=": np.greater_equal,

@@ -24,6 +24,7 @@ from .source import BadSample, OpenFiles, parse_json
 
 # A string, a bracket, or a quote that never closes; what lies between them cannot begin or end a record.
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]|"', re.DOTALL)
+_SCALAR = re.compile(rb"[^\s,]++")  # a number, true, false or null
 _BLOCK = 1 << 24
 _PEEKED_RECORDS, _PEEKED_BYTES = 16, 1 << 20
 _BLANKS = b" \t\r\n"
@@ -43,7 +44,7 @@ class Records:
     """
 
     suffixes = JSON_SUFFIXES
-    rules = "records"  # the index's name: what is counted as one
+    rules = "records 2"  # the index's name: what is counted as one
 
     def __init__(self, path: str, cache: Path | None = None) -> None:
         self.paths = expand(path, self.suffixes)
@@ -125,37 +126,43 @@ def _lines(path: Path, start: int) -> np.ndarray:
     stops = np.concatenate([*ends, np.array([at])]).astype(np.int64)
     starts = np.concatenate([np.array([start], np.int64), stops[:-1]])
     lengths = stops - starts
-    keep = lengths > 2  # a record has more than a line end
-    for index in np.flatnonzero((lengths > 0) & ~keep):
-        keep[index] = bool(_read(path, int(starts[index]), int(lengths[index])).strip())
+    starts, lengths = starts[lengths > 0], lengths[lengths > 0]
+    if not len(starts):
+        return starts
+    blank = np.isin(np.memmap(path, np.uint8, "r")[starts], np.frombuffer(_BLANKS, np.uint8))  # perhaps, by its first
+    keep = ~blank
+    with path.open("rb") as file:
+        for index in np.flatnonzero(blank & (lengths > 1)):
+            file.seek(int(starts[index]))
+            keep[index] = bool(file.read(int(lengths[index])).strip())
     return np.stack([starts[keep], lengths[keep]], 1).reshape(-1)
 
 
-def _read(path: Path, offset: int, length: int) -> bytes:
-    with path.open("rb") as file:
-        file.seek(offset)
-        return file.read(length)
-
-
 def _json_list(path: Path) -> np.ndarray:
-    """Offset and length of the mappings in a JSON list, found without parsing them."""
+    """Offset and length of what a JSON list holds, found without parsing it; numbers and null are bad records."""
     spans: list[tuple[int, int]] = []
-    depth, start = 0, 0
+    depth, start, done = 0, 0, 0  # done: where the last record ends
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for token in _TOKEN.finditer(data):
             first = data[token.start()]
+            if depth == 1:
+                between = _SCALAR.finditer(data, done, token.start())
+                spans.extend((scalar.start(), len(scalar[0])) for scalar in between)
+                start, done = token.start(), token.end()
             if first in b"[{":
-                if depth == 1:
-                    start = token.start()
                 depth += 1
+                done = token.end()
             elif first in b"]}":
                 depth -= 1
                 if depth == 1:
                     spans.append((start, token.end() - start))
+                    done = token.end()
                 elif depth == 0:
                     break
             elif token.end() - token.start() == 1:  # a quote without its partner
                 break
+            elif depth == 1:  # a text
+                spans.append((start, done - start))
     if depth:
         raise ValueError(f"{path} ends within its list, after {len(spans)} records: is it cut short?")
     return np.array(spans, np.int64).reshape(-1)

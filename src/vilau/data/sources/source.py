@@ -42,6 +42,7 @@ KINDS: dict[str, str] = {
     "remote_file": "an address instead of a file: nothing is fetched",
     "too_long": "more positions than a row holds",
 }
+_PLACES, _FOLDERS = ("path", "cache_bytes"), ("media", "image_root")
 MAX_JSON_BYTES = 16_000_000
 
 
@@ -85,7 +86,8 @@ class Source(Protocol):
     """Samples of one place and format, reachable by number.
 
     ``name`` is unique within a mixture. A source is picklable and may be read by several processes at once. Opening one
-    with no samples at all is a ``ValueError``.
+    with no samples at all is a ``ValueError``. One that has ``files``, a list of paths, lets stored codes notice that
+    these changed.
     """
 
     @property
@@ -154,6 +156,19 @@ class SourceConfig(BaseModel, ABC):
     def content(self) -> dict[str, Any]:
         """Return the fields that decide what a sample is, and not how often or in which order it is read."""
         return self.model_dump(mode="json", exclude={"weight", "epochs", "forms", "name"})
+
+    def facts(self) -> dict[str, Any]:
+        """Return what `content` does, the same wherever the data lies and whatever fields later versions add.
+
+        The files of `path` are told apart by what is in them; of other folders, the last two names are kept.
+        """
+        known, usual = self.content(), type(self).model_fields
+        facts = {
+            name: "/".join(Path(value).parts[-2:]) if name in _FOLDERS and value else value
+            for name, value in known.items()
+            if name not in _PLACES and value != usual[name].get_default(call_default_factory=True)
+        }
+        return {"format": self.format} | facts
 
 
 class OpenFiles:

@@ -36,7 +36,7 @@ class VideoJsonSource(RecordSource):
     """
 
     def parse(self, record: Mapping[str, Any], sample_id: str, reader: Media, where: str) -> Sample:
-        named = record.get("video") or record.get("video_id")
+        named = next((record[name] for name in ("video", "video_id") if record.get(name) not in (None, "", [])), None)
         if named is None:
             raise BadSample("bad_record", f"{where}: neither `video` nor `video_id` (there is: {', '.join(record)})")
         said = _one_mark(self._said(record, where))

@@ -71,6 +71,11 @@ class WebdatasetSource:
             reason = f"none of {found} samples passes the filters" if found else "the shards hold no samples"
             raise ValueError(f"source {self.name!r} ({config.path}): {reason}")
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that say what the samples are."""
+        return [shard.path for shard in self._shards]
+
     def __len__(self) -> int:
         return self._ends[-1]
 
