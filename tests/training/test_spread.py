@@ -266,6 +266,18 @@ def test_adapters_are_trained_and_saved_alike_by_one_process_and_in_shards(tmp_p
     assert all(bool(tensor.any()) for tensor in one.values()), "the second factors began as zeros and have learned"
 
 
+def test_a_share_of_the_positions_is_the_same_for_any_number_of_processes(tmp_path: Path) -> None:
+    """R8 with `visual_share`: which positions are left out of the loss hangs on seed, step and sample, not on ranks."""
+    share = ["stages.pretrain.visual_share=0.5"]
+    train(tmp_path / "one", overrides=share, steps=2)
+    train(tmp_path / "all", steps=2)
+    by_two(tmp_path, lambda: train(tmp_path / "two", overrides=share, steps=2, accumulate=2))
+    expected = figures(tmp_path / "one")
+    assert expected[0][1] != figures(tmp_path / "all")[0][1]
+    for found, wanted in zip(figures(tmp_path / "two"), expected, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-5)
+
+
 def test_codes_do_not_depend_on_the_precision_of_training(tmp_path: Path) -> None:
     """Codes made on the fly under bf16 are those that `vilau data codes` stores in float32."""
     overrides = [f"output={tmp_path}", "stages.pretrain.batch_size=2"]

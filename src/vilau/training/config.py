@@ -184,7 +184,9 @@ class LanguageStageConfig(StageConfig):
     supervise: Literal["latter", "both"] = Field("latter", description="loss on the latter modality, or on both")
     text_weight: float = Field(1.0, ge=0)
     visual_weight: float = Field(1.0, ge=0)
-    visual_share: float = Field(1.0, gt=0, le=1, description="share of visual positions whose codes are in the loss")
+    visual_share: float = Field(
+        1.0, gt=0, le=1, description="share of visual positions whose codes are in the loss, drawn anew each step"
+    )
     fused_loss: bool | None = Field(None, description="logits in pieces, never whole in memory; where large if absent")
     init_language_model: str | None = Field(
         None, description="folder or hub id of a causal language model to start from, beside a tower in init_from"
