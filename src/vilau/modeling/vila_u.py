@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -96,7 +98,14 @@ class VilaUModel(PreTrainedModel):
 
     With a tower of continuous tokens (quantizer `none`) there is no depth transformer, pictures come as `pixel_values`
     alone, and text alone is predicted.
+
+    Args:
+        config: sizes of all parts.
+        language_model: put in place as it is, neither copied nor initialised; its configuration is then
+            `config.text_config`. A new one if absent.
     """
+
+    language_model: Any  # of whatever class the configuration names
 
     config_class = VilaUConfig
     base_model_prefix = "model"
@@ -107,15 +116,20 @@ class VilaUModel(PreTrainedModel):
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = ["quantizer"]
 
-    def __init__(self, config: VilaUConfig) -> None:
+    def __init__(self, config: VilaUConfig, language_model: PreTrainedModel | None = None) -> None:
+        if language_model is not None:
+            config.text_config = language_model.config
         super().__init__(config)
-        self._build(config)
+        self._build(config, torch.device("meta") if language_model is not None else nullcontext())
         self.post_init()
+        if language_model is not None:  # after `post_init`, which would start it anew
+            self.language_model = language_model
 
-    def _build(self, config: VilaUConfig) -> None:
+    def _build(self, config: VilaUConfig, place: AbstractContextManager[Any]) -> None:
         self.vision_tower = VisionTower(config.vision_config)
         self.projector = Projector(config.vision_config.code_width, config.hidden_size)
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        with place:
+            self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.depth_transformer = None
         if config.vision_config.discrete:
             self.depth_transformer = DepthTransformer(
