@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
 from vilau.configuration import PositionKind, VilaUConfig
 from vilau.modeling.depth_transformer import DepthTransformer
@@ -62,6 +63,23 @@ def head_losses(
         reduction="none",
         options=nn.LinearCrossEntropyOptions(),
     ).float()
+
+
+def packed_lengths(config: Any, position_ids: torch.Tensor) -> dict[str, Any]:
+    """Return what flash attention must be told of packed rows ``(B, L)``: where each sequence begins and the longest.
+
+    The library finds restarting `position_ids` by itself, but for flash attention in a single row only: in several
+    rows, samples would see each other. Nothing is returned for other kinds of attention.
+    """
+    if "flash" not in config._attn_implementation:
+        return {}
+    (starts, _), (longest, _) = prepare_fa_kwargs_from_position_ids(position_ids)
+    return {
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
+        "max_length_q": int(longest),
+        "max_length_k": int(longest),
+    }
 
 
 @dataclass(frozen=True)
@@ -219,11 +237,15 @@ class VilaUModel(PreTrainedModel):
         Packed rows: `position_ids` restart at every sample and `attention_mask` is absent; the library then keeps
         samples apart. No cache is made, because with one they would leak into each other.
         """
+        lengths: dict[str, Any] = {}
+        if position_ids is not None and attention_mask is None:
+            lengths = packed_lengths(self.language_model.config, position_ids)
         return self.language_model.base_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             use_cache=False,
+            **lengths,
         ).last_hidden_state
 
     def losses(

@@ -56,6 +56,9 @@ class ScaleConfig(_Strict):
     allow_slow: bool = Field(False, description="bf16 also where it is slower than float32")
     gradient_checkpointing: bool = Field(False, description="compute blocks again in the backward pass")
     compile: bool = Field(False, description="torch.compile, block by block")
+    attention: Literal["sdpa", "flash_attention_2", "flex_attention", "eager"] | None = Field(
+        None, description="of the language model in pretrain and sft; as the library chooses, mostly sdpa, if absent"
+    )
 
 
 class StageConfig(_Strict):
@@ -158,6 +161,14 @@ class TowerStageConfig(StageConfig):
     def _counts_no_tokens(self) -> TowerStageConfig:
         if self.tokens is not None:
             raise ValueError(f"tokens {self.tokens} are counted in pretrain and sft only: give steps or epochs here")
+        return self
+
+    @model_validator(mode="after")
+    def _has_no_packed_rows(self) -> TowerStageConfig:
+        if self.scale is not None and self.scale.attention is not None:
+            raise ValueError(
+                f"scale.attention {self.scale.attention} is of the language model, in pretrain and sft: leave it out"
+            )
         return self
 
 

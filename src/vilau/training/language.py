@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from vilau.modeling.vila_u import VilaULosses, VilaUModel
 from vilau.processing.encode import EncodedSample, encode_sample
 from vilau.training import parallel
 from vilau.training.adapters import Adapters
+from vilau.training.attention import use_attention
 from vilau.training.config import LanguageStageConfig
 from vilau.training.flops import LanguageFlops
 from vilau.training.stage import Stage, StepResult
@@ -54,6 +56,7 @@ class LanguageStage(Stage):
 
     config: LanguageStageConfig
     counts_whole_step = True
+    _own_attention: str | None = None
 
     def __init__(
         self, name: str, config: LanguageStageConfig, model: VilaUModel, source: SampleSource, processor: Any, seed: int
@@ -84,6 +87,20 @@ class LanguageStage(Stage):
             return sample
         kept = keeps_positions(self.seed, step, sample.sample_id, len(sample), share)
         return replace(sample, visual_targets=sample.visual_targets & kept)
+
+    def use_attention(self, name: str, device: torch.device, bf16: bool) -> None:
+        self._own_attention = self.model.language_model.config._attn_implementation
+        use_attention(self.model.language_model, name, device, bf16)
+
+    @contextmanager
+    def evaluation_weights(self) -> Iterator[None]:
+        """The attention that the model came with: those for training can want bfloat16 or compile for every length."""
+        model, chosen = self.model.language_model, self.model.language_model.config._attn_implementation
+        model.set_attn_implementation(self._own_attention or chosen)
+        try:
+            yield
+        finally:
+            model.set_attn_implementation(chosen)
 
     def sharded_blocks(self) -> list[nn.Module]:
         return list(self.model.language_model.base_model.layers)
