@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -177,6 +178,14 @@ def test_a_leak_is_found_before_the_first_step(
     bloom._attn_implementation = "eager"
     with pytest.raises(ValueError, match="see each other in a language model of type 'bloom'"):
         refuse_leak(bloom, CPU, False)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
+def test_blocks_of_flex_attention_keep_samples_apart(stage: LanguageStage) -> None:
+    """Its forward pass runs on a CPU, compiled, and passes the trial; a GPU alone can train with it."""
+    set_attention(stage, "flex_attention")
+    refuse_leak(stage.model.language_model.config, CPU, False)
 
 
 def test_the_trial_for_leaks_leaves_random_numbers_alone(stage: LanguageStage) -> None:
