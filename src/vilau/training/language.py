@@ -95,12 +95,15 @@ class LanguageStage(Stage):
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:
         """The attention that the model came with: those for training can want bfloat16 or compile for every length."""
-        model, chosen = self.model.language_model, self.model.language_model.config._attn_implementation
-        model.set_attn_implementation(self._own_attention or chosen)
+        model = self.model.language_model
+        chosen = model.config._attn_implementation
+        if self._own_attention is not None:
+            model.set_attn_implementation(self._own_attention)
         try:
             yield
         finally:
-            model.set_attn_implementation(chosen)
+            if self._own_attention is not None:
+                model.set_attn_implementation(chosen)
 
     def sharded_blocks(self) -> list[nn.Module]:
         return list(self.model.language_model.base_model.layers)
