@@ -2,6 +2,7 @@
 
     python benchmarks/train.py [--threads N] [--repeat N] [--json]
     python benchmarks/train.py --out docs/results/train-benchmark.md
+    python benchmarks/train.py --preset 1.3b --device cuda --dtype bfloat16 [--gradient-checkpointing] [--json]
 
 README.md beside this file says how to read the figures.
 """
@@ -22,6 +23,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads that spin would be counted as work
 
 import torch
+from utilisation import PRESETS, Setting, describe, measure
 
 from vilau.data.collate import Batch, collate, collate_padded
 from vilau.data.nano.dataset import NanoDataset
@@ -192,6 +194,28 @@ def page(threads: int, found: dict[str, Step], losses: dict[str, Head]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def utilisation(parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:
+    """Return tokens per second, utilisation and memory of whole steps, as JSON or for people."""
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # training takes a GPU where it sees one
+    elif not torch.cuda.is_available():
+        parser.error("--device is cuda, but there is no GPU here: leave it out, or take --device cpu --preset tiny")
+    setting = Setting(
+        options.preset,
+        options.dtype,
+        options.rows,
+        options.row_length,
+        options.gradient_checkpointing,
+        options.attention,
+        options.repeat,
+    )
+    try:
+        found = measure(setting)
+    except ValueError as error:
+        parser.error(str(error))
+    return json.dumps({**asdict(setting), **asdict(found)}, indent=1) if options.json else describe(setting, found)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="Cost of a training step of stages 2 and 3.")
@@ -201,8 +225,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the page here")
     parser.add_argument("--head", choices=HEADS, help=argparse.SUPPRESS)
     parser.add_argument("--fused", action="store_true", help=argparse.SUPPRESS)
+    whole = parser.add_argument_group("utilisation of whole steps of stage 2, in place of the above")
+    whole.add_argument("--preset", choices=PRESETS, help="sizes with random weights")
+    whole.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    whole.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the products")
+    whole.add_argument("--rows", type=int, default=8, help="packed rows of a step")
+    whole.add_argument("--row-length", type=int, help="positions of a row")
+    whole.add_argument(
+        "--gradient-checkpointing", action="store_true", help="compute blocks again in the backward pass"
+    )
+    whole.add_argument("--attention", choices=("sdpa", "flash_attention_2", "flex_attention", "eager"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.preset:
+        print(utilisation(parser, options))
+        return
     if options.head:
         print(json.dumps(measure_head(*HEADS[options.head], options.fused)))
         return

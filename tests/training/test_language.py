@@ -18,7 +18,7 @@ from vilau.model import VilaUForConditionalGeneration
 from vilau.processing.encode import encode_sample
 from vilau.processing.processor import build_processor
 from vilau.training.config import LanguageStageConfig, LoraConfig, OptimizerConfig
-from vilau.training.language import LanguageStage, drops_text
+from vilau.training.language import LanguageStage, drops_text, keeps_positions
 from vilau.training.optimizers import build_optimizers, lr_share, set_lr
 from vilau.training.vision_tower import to_pixel_values
 
@@ -262,3 +262,23 @@ def test_a_share_of_the_positions_estimates_the_loss_of_all(make_stage: Callable
     assert some["visual"][0] / some["visual"][1] == pytest.approx(
         float(every["visual"][0] / every["visual"][1]), rel=0.05
     )
+
+
+def test_positions_in_the_loss_are_drawn_per_seed_step_and_sample() -> None:
+    """The set share of positions, the same ones when asked again; another seed, step or sample draws others."""
+    kept = keeps_positions(3, 7, "sample", 20_000, 0.25)
+    assert np.array_equal(kept, keeps_positions(3, 7, "sample", 20_000, 0.25))
+    assert abs(kept.mean() - 0.25) < 0.02
+    for other in ((4, 7, "sample"), (3, 8, "sample"), (3, 7, "other")):
+        again = keeps_positions(*other, 20_000, 0.25)
+        assert abs((kept & again).mean() - 0.25**2) < 0.02, other
+
+
+def test_processes_leave_the_same_positions_out_of_the_loss(make_stage: Callable[..., LanguageStage]) -> None:
+    """What two processes pack into other rows than one does has the same positions in the depth loss."""
+    stage = make_stage(visual_share=0.5)
+    for step in range(2):
+        one, *two = (stage.make_batch(step, rank, size) for rank, size in ((0, 1), (0, 2), (1, 2)))
+        counts = [[float(r.sums["visual"][i]) for r in (stage.compute(b, step) for b in two)] for i in (0, 1)]
+        whole = stage.compute(one, step).sums["visual"]
+        assert sum(counts[1]) == whole[1] and sum(counts[0]) == pytest.approx(float(whole[0]), rel=1e-5)

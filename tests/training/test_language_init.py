@@ -10,8 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from training.test_language_model import CONFIGS, save_pretrained
+from vilau.modeling import vila_u
 from vilau.modeling.vision_tower import VisionTower
 from vilau.shipped import SHIPPED_MODEL
+from vilau.training import language_model
 from vilau.training.config import TrainConfig, load_config
 from vilau.training.language_init import starting_folder, starting_model
 from vilau.training.run import build_stage
@@ -73,6 +75,37 @@ def test_a_tower_and_a_language_model_are_joined(
     loss = stage.compute(stage.make_batch(0, 0, 1), 0).loss
     loss.backward()
     assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_language_model_is_put_in_place_without_a_second_copy(
+    config: TrainConfig, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """7B take 28 GB once: the loaded tensors are those of the joined model, and what else is made of its size is
+    without content."""
+    save_pretrained(tmp_path, CONFIGS[family])
+    loaded: list[Any] = []
+    load = language_model.load_language_model
+    monkeypatch.setattr(language_model, "load_language_model", lambda *a: loaded.append(load(*a)) or loaded[0])
+    made: list[Any] = []
+    build = vila_u.AutoModelForCausalLM.from_config
+    monkeypatch.setattr(vila_u.AutoModelForCausalLM, "from_config", lambda c: made.append(build(c)) or made[-1])
+    settings = config.stages["pretrain"].model_copy(update={"init_language_model": str(tmp_path)})
+    fields = {name: value for name, value in config.model.items() if name != "text_config"}
+    config = config.model_copy(update={"model": fields})
+    model = starting_model(config, settings, None).model
+    assert len(loaded) == 1 and model.language_model is loaded[0]
+    assert {p.device.type for one in made for p in one.parameters()} <= {"meta"}
+    assert {p.device.type for p in model.parameters()} == {b.device.type for b in model.buffers()} == {"cpu"}
+    known = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    for name, tensor in model.language_model.state_dict().items():
+        assert torch.equal(tensor[: len(known[name])][:400], known[name][:400]), name
+    tied = CONFIGS[family].tie_word_embeddings
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
+    model.save_pretrained(tmp_path / "joined")
+    again = vila_u.VilaUModel.from_pretrained(tmp_path / "joined")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
 
 
 def test_a_tower_of_other_sizes_is_an_error(config: TrainConfig, tmp_path: Path) -> None:

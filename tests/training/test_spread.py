@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -16,7 +17,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from training.test_language_model import CONFIGS, save_pretrained
 from vilau.modeling.codebook import Codebooks
 from vilau.modeling.vila_u import VilaUModel
 from vilau.modeling.vision_tower import VisionTower
@@ -264,6 +267,39 @@ def test_adapters_are_trained_and_saved_alike_by_one_process_and_in_shards(tmp_p
         for key, tensor in one.items():
             assert float((tensor - sharded[key]).float().norm()) <= 1e-3 * float(tensor.float().norm()), key
     assert all(bool(tensor.any()) for tensor in one.values()), "the second factors began as zeros and have learned"
+
+
+def test_a_share_of_the_positions_is_the_same_for_any_number_of_processes(tmp_path: Path) -> None:
+    """R8 with `visual_share`: which positions are left out of the loss hangs on seed, step and sample, not on ranks."""
+    share = ["stages.pretrain.visual_share=0.5"]
+    train(tmp_path / "one", overrides=share, steps=2)
+    train(tmp_path / "all", steps=2)
+    by_two(tmp_path, lambda: train(tmp_path / "two", overrides=share, steps=2, accumulate=2))
+    expected = figures(tmp_path / "one")
+    assert expected[0][1] != figures(tmp_path / "all")[0][1]
+    for found, wanted in zip(figures(tmp_path / "two"), expected, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_language_model_with_new_rows_is_trained_alike_in_shards(family: str, tmp_path: Path) -> None:
+    """`init_language_model` with a grown vocabulary, tied or not, under FSDP2: losses and weights of one process."""
+    small = copy.deepcopy(CONFIGS[family])
+    small.vocab_size = 400  # as many as its tokenizer knows, so that new tokens need new rows
+    save_pretrained(tmp_path / "lm", small)
+    start = ["stages.pretrain.row_length=512", f"stages.pretrain.init_language_model={tmp_path / 'lm'}"]
+    start.append("model.text_config={max_position_embeddings: 512}")
+    train(tmp_path / "one", overrides=start, steps=2)
+    by_two(tmp_path, lambda: train(tmp_path / "fsdp", overrides=start, steps=2, sharding="fsdp"))
+    for found, expected in zip(figures(tmp_path / "fsdp"), figures(tmp_path / "one"), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+    one, sharded = (VilaUModel.from_pretrained(tmp_path / way / "final") for way in ("one", "fsdp"))
+    assert len(one.get_input_embeddings().weight) == one.config.text_config.vocab_size > 400
+    for (name, weight), other in zip(one.named_parameters(), sharded.parameters(), strict=True):
+        assert torch.allclose(weight, other, atol=2e-4), name
+    began = AutoModelForCausalLM.from_pretrained(tmp_path / "lm").get_input_embeddings().weight
+    learned = one.get_input_embeddings().weight[:400]
+    assert torch.allclose(learned, began, atol=0.01) and not torch.equal(learned, began)
 
 
 def test_codes_do_not_depend_on_the_precision_of_training(tmp_path: Path) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from vilau.configuration import VilaUConfig
+from vilau.data.feed import SampleFeed
 from vilau.data.nano.scenes import contact_sheet, render, single
-from vilau.data.sample import Sample, holds_codes
+from vilau.data.sample import Sample, Turn, holds_codes
 from vilau.evaluation.tower_pictures import reconstruction_rows
 from vilau.files import write_json
 from vilau.modeling.vila_u import VilaUModel
@@ -40,7 +41,9 @@ NANO = SamplesConfig(
 )
 NANO_PICTURES = (("dog", "green"), ("car", "white"), ("banana", "blue"), ("pizza", "red"))
 ROW, SIDE = 8, 128  # pictures in a row of the sheet; pixels that one is enlarged to
-LOOKED_AT = 64  # samples of one's own among which prompts and pictures are found
+LOOKED_AT = 64  # samples of one's own among which prompts, questions and pictures are found
+PICTURES, FILMS, QUESTIONS = 4, 2, 2  # found there; of prompts a row
+LONGEST = 300  # characters of a question that is asked about other pictures too
 MAX_NEW_TOKENS = 48
 
 
@@ -67,12 +70,37 @@ class Sheet:
             write_json(self.texts, file.with_suffix(".json"))
 
 
+@dataclass
+class Found:
+    """What the first samples of a stage's data have to draw, to ask and to look at, each text once; frames are pixels
+    ``(S, S, 3)`` uint8 or codes ``(P, D)``."""
+
+    prompts: dict[str, None] = field(default_factory=dict)
+    films: dict[str, None] = field(default_factory=dict)
+    questions: dict[str, None] = field(default_factory=dict)
+    frames: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, sample: Sample) -> None:
+        """Take of a sample what is still wanted."""
+        asked = [_words(turn) for turn in sample.turns if turn.role == "user"]
+        if sample.form == "text_image":
+            _add_text(self.prompts, " ".join(filter(None, asked)), ROW)
+        elif sample.form == "text_video":
+            _add_text(self.films, " ".join(filter(None, asked)), FILMS)
+        elif sample.form in ("image_text", "question"):
+            question = next(filter(None, asked), "")
+            _add_text(self.questions, question if len(question) <= LONGEST else "", QUESTIONS)
+        if sample.frames and len(self.frames) < PICTURES:
+            self.frames.append(sample.frames[0])
+
+
 class Sampler:
     """The hook that the engine calls. What is drawn and asked stands under `samples` in the configuration; where it
     says nothing, the nano world's own prompts are used, or texts and pictures out of the data."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
+        self._looked: tuple[LanguageStage, Found] | None = None
 
     def __call__(self, stage: Stage, step: int, folder: Path) -> None:
         sheet = Sheet()
@@ -107,8 +135,17 @@ class Sampler:
             return self.config.samples
         if not self.config.data.sources:
             return NANO
-        prompts = (_text_of(sample) for sample in _some(stage) if sample.form == "text_image")
-        return SamplesConfig(prompts=list(islice(dict.fromkeys(prompts), ROW)))
+        found = self._found(stage)
+        return SamplesConfig(prompts=list(found.prompts), films=list(found.films), questions=list(found.questions))
+
+    def _found(self, stage: LanguageStage) -> Found:
+        """Look at the data once per stage."""
+        if self._looked is None or self._looked[0] is not stage:
+            found = Found()
+            for sample in _first_samples(stage):
+                found.add(sample)
+            self._looked = stage, found
+        return self._looked[1]
 
     def _pictures(self, stage: LanguageStage) -> list[Image.Image]:
         """Pictures to describe, of the model's size."""
@@ -120,16 +157,36 @@ class Sampler:
             known = {thing.name for thing in world.objects}
             scenes = (single(name, colour, world.styles[0]) for name, colour in NANO_PICTURES if name in known)
             return [Image.fromarray(render(scene, world, size)) for scene in scenes]
-        frames = (sample.frames[0] for sample in _some(stage) if sample.frames)
-        return [Image.fromarray(frame) for frame in islice((f for f in frames if not holds_codes(f)), 4)]
+        return [Image.fromarray(_pixels(stage, frame)) for frame in self._found(stage).frames]
 
 
-def _some(stage: LanguageStage) -> Iterator[Sample]:
-    return (stage.source[number] for number in range(LOOKED_AT))
+def _first_samples(stage: LanguageStage) -> Iterator[Sample]:
+    """Yield what the stage reads first, without counting bad samples as met by the run."""
+    source: Any = stage.source
+    count = LOOKED_AT
+    if isinstance(source, SampleFeed):
+        source = SampleFeed(copy.copy(source.mixture), source.size)
+        source.take_skips()  # the copy counts for itself from here on
+        count = min(count, source.mixture.total or count)
+    return (source[number] for number in range(count))
 
 
-def _text_of(sample: Sample) -> str:
-    return " ".join(part.text for turn in sample.turns if turn.role == "user" for part in turn.parts if part.text)
+def _pixels(stage: LanguageStage, frame: np.ndarray) -> np.ndarray:
+    """A frame's pixels ``(S, S, 3)`` uint8; of codes, what the tower makes of them."""
+    if not holds_codes(frame):
+        return frame
+    tower = stage.model.vision_tower
+    drawn = tower.decode(torch.from_numpy(frame.astype(np.int64)).unsqueeze(0).to(tower.device))
+    return to_pixels(drawn.float().cpu().numpy())[0]
+
+
+def _words(turn: Turn) -> str:
+    return " ".join(part.text for part in turn.parts if part.text)
+
+
+def _add_text(texts: dict[str, None], text: str, limit: int) -> None:
+    if text and len(texts) < limit:
+        texts[text] = None
 
 
 def _reconstructions(stage: TowerStage, frames: torch.Tensor) -> tuple[list[np.ndarray], list[str]]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
 from vilau.configuration import PositionKind, VilaUConfig
 from vilau.modeling.depth_transformer import DepthTransformer
@@ -62,6 +65,23 @@ def head_losses(
     ).float()
 
 
+def packed_lengths(config: Any, position_ids: torch.Tensor) -> dict[str, Any]:
+    """Return what flash attention must be told of packed rows ``(B, L)``: where each sequence begins and the longest.
+
+    The library finds restarting `position_ids` by itself, but for flash attention in a single row only: in several
+    rows, samples would see each other. Nothing is returned for other kinds of attention.
+    """
+    if "flash" not in config._attn_implementation:
+        return {}
+    (starts, _), (longest, _) = prepare_fa_kwargs_from_position_ids(position_ids)
+    return {
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
+        "max_length_q": int(longest),
+        "max_length_k": int(longest),
+    }
+
+
 @dataclass(frozen=True)
 class VilaUScores:
     """Log-likelihoods in nats, per position of a batch; zero where nothing was asked.
@@ -96,7 +116,14 @@ class VilaUModel(PreTrainedModel):
 
     With a tower of continuous tokens (quantizer `none`) there is no depth transformer, pictures come as `pixel_values`
     alone, and text alone is predicted.
+
+    Args:
+        config: sizes of all parts.
+        language_model: put in place as it is, neither copied nor initialised; its configuration is then
+            `config.text_config`. A new one if absent.
     """
+
+    language_model: Any  # of whatever class the configuration names
 
     config_class = VilaUConfig
     base_model_prefix = "model"
@@ -107,15 +134,20 @@ class VilaUModel(PreTrainedModel):
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = ["quantizer"]
 
-    def __init__(self, config: VilaUConfig) -> None:
+    def __init__(self, config: VilaUConfig, language_model: PreTrainedModel | None = None) -> None:
+        if language_model is not None:
+            config.text_config = language_model.config
         super().__init__(config)
-        self._build(config)
+        self._build(config, torch.device("meta") if language_model is not None else nullcontext())
         self.post_init()
+        if language_model is not None:  # after `post_init`, which would start it anew
+            self.language_model = language_model
 
-    def _build(self, config: VilaUConfig) -> None:
+    def _build(self, config: VilaUConfig, place: AbstractContextManager[Any]) -> None:
         self.vision_tower = VisionTower(config.vision_config)
         self.projector = Projector(config.vision_config.code_width, config.hidden_size)
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        with place:
+            self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.depth_transformer = None
         if config.vision_config.discrete:
             self.depth_transformer = DepthTransformer(
@@ -205,11 +237,15 @@ class VilaUModel(PreTrainedModel):
         Packed rows: `position_ids` restart at every sample and `attention_mask` is absent; the library then keeps
         samples apart. No cache is made, because with one they would leak into each other.
         """
+        lengths: dict[str, Any] = {}
+        if position_ids is not None and attention_mask is None:
+            lengths = packed_lengths(self.language_model.config, position_ids)
         return self.language_model.base_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             use_cache=False,
+            **lengths,
         ).last_hidden_state
 
     def losses(

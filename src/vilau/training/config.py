@@ -56,6 +56,9 @@ class ScaleConfig(_Strict):
     allow_slow: bool = Field(False, description="bf16 also where it is slower than float32")
     gradient_checkpointing: bool = Field(False, description="compute blocks again in the backward pass")
     compile: bool = Field(False, description="torch.compile, block by block")
+    attention: Literal["sdpa", "flash_attention_2", "flex_attention", "eager"] | None = Field(
+        None, description="of the language model in pretrain and sft; as the library chooses, mostly sdpa, if absent"
+    )
 
 
 class StageConfig(_Strict):
@@ -160,6 +163,14 @@ class TowerStageConfig(StageConfig):
             raise ValueError(f"tokens {self.tokens} are counted in pretrain and sft only: give steps or epochs here")
         return self
 
+    @model_validator(mode="after")
+    def _has_no_packed_rows(self) -> TowerStageConfig:
+        if self.scale is not None and self.scale.attention is not None:
+            raise ValueError(
+                f"scale.attention {self.scale.attention} is of the language model, in pretrain and sft: leave it out"
+            )
+        return self
+
 
 class LoraConfig(_Strict):
     """Low-rank adapters in place of training every weight (Hu et al. 2021)."""
@@ -184,7 +195,9 @@ class LanguageStageConfig(StageConfig):
     supervise: Literal["latter", "both"] = Field("latter", description="loss on the latter modality, or on both")
     text_weight: float = Field(1.0, ge=0)
     visual_weight: float = Field(1.0, ge=0)
-    visual_share: float = Field(1.0, gt=0, le=1, description="share of visual positions whose codes are in the loss")
+    visual_share: float = Field(
+        1.0, gt=0, le=1, description="share of visual positions whose codes are in the loss, drawn anew each step"
+    )
     fused_loss: bool | None = Field(None, description="logits in pieces, never whole in memory; where large if absent")
     init_language_model: str | None = Field(
         None, description="folder or hub id of a causal language model to start from, beside a tower in init_from"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -19,6 +21,7 @@ from vilau.modeling.vila_u import VilaULosses, VilaUModel
 from vilau.processing.encode import EncodedSample, encode_sample
 from vilau.training import parallel
 from vilau.training.adapters import Adapters
+from vilau.training.attention import use_attention
 from vilau.training.config import LanguageStageConfig
 from vilau.training.flops import LanguageFlops
 from vilau.training.stage import Stage, StepResult
@@ -48,11 +51,12 @@ class LanguageStage(Stage):
         model: the joined model.
         source: samples of every form of the stage's mixture.
         processor: tokenizer and template, the ones that inference uses; also knows how to save itself.
-        seed: of the text dropout, which is a function of (seed, sample id).
+        seed: of the text dropout, a function of (seed, sample id), and of `visual_share`, one of the step as well.
     """
 
     config: LanguageStageConfig
     counts_whole_step = True
+    _own_attention: str | None = None
 
     def __init__(
         self, name: str, config: LanguageStageConfig, model: VilaUModel, source: SampleSource, processor: Any, seed: int
@@ -69,20 +73,43 @@ class LanguageStage(Stage):
 
     def make_batch(self, step: int, rank: int, world_size: int) -> Batch:
         numbers = local_numbers(step, self.config.batch_size, rank, world_size)
-        encoded = [read_encoded(self.source, number, self._encode) for number in numbers]
+        encoded = [self._thinned(read_encoded(self.source, number, self._encode), step) for number in numbers]
         return collate(encoded, self.config.row_length, int(self.processor.tokenizer.pad_token_id))
 
     def _encode(self, sample: Sample) -> EncodedSample:
         positions = self.model.config.vision_config.num_positions
         return encode_for_stage(sample, self.config, self.processor, positions, self.seed)
 
+    def _thinned(self, sample: EncodedSample, step: int) -> EncodedSample:
+        """Leave the positions in the depth loss that `visual_share` draws."""
+        share = self.config.visual_share
+        if share == 1:
+            return sample
+        kept = keeps_positions(self.seed, step, sample.sample_id, len(sample), share)
+        return replace(sample, visual_targets=sample.visual_targets & kept)
+
+    def use_attention(self, name: str, device: torch.device, bf16: bool) -> None:
+        self._own_attention = self.model.language_model.config._attn_implementation
+        use_attention(self.model.language_model, name, device, bf16)
+
+    @contextmanager
+    def evaluation_weights(self) -> Iterator[None]:
+        """The attention that the model came with: those for training can want bfloat16 or compile for every length."""
+        model = self.model.language_model
+        chosen = model.config._attn_implementation
+        if self._own_attention is not None:
+            model.set_attn_implementation(self._own_attention)
+        try:
+            yield
+        finally:
+            if self._own_attention is not None:
+                model.set_attn_implementation(chosen)
+
     def sharded_blocks(self) -> list[nn.Module]:
         return list(self.model.language_model.base_model.layers)
 
     def prepare(self, batches: Sequence[Batch]) -> list[CountedBatch]:
-        """Draw which positions the depth loss is computed on, and count targets over the step, to divide by."""
-        if self.config.visual_share < 1:
-            batches = [replace(batch, visual_targets=self._draw(batch.visual_targets)) for batch in batches]
+        """Count targets over the step, to divide by."""
         depth = self.model.config.vision_config.depth
         text = sum(float(batch.text_targets.sum()) for batch in batches)
         visual = sum(float(batch.visual_targets.sum()) * depth for batch in batches)
@@ -99,13 +126,10 @@ class LanguageStage(Stage):
         sizes = self.model.config.vision_config
         positions = float((batch.kinds == PositionKind.VISUAL).sum())
         tokens, text = float(there.sum()), float(batch.text_targets.sum())
-        codes = float(batch.visual_targets.sum()) * sizes.depth * self.config.visual_share
+        codes = float(batch.visual_targets.sum()) * sizes.depth
         pairs = float((batch.position_ids[there] + 1).sum())
         flops = self._flops(tokens, pairs, positions, text, codes, len(batch.frames))
         return {"tokens": tokens, "images": positions / sizes.num_positions, "flops": flops}
-
-    def _draw(self, targets: torch.Tensor) -> torch.Tensor:
-        return targets & (torch.rand(targets.shape, device=targets.device) < self.config.visual_share)
 
     def compute(self, batch: Batch | CountedBatch, step: int) -> StepResult:
         """Return loss and figures of a prepared micro-batch; one that was not prepared is a step of its own."""
@@ -177,6 +201,11 @@ def encode_for_stage(
 def drops_text(seed: int, sample_id: str, share: float) -> bool:
     """Return whether a prompt is emptied for guidance: the same answer for a sample on every process and resume."""
     return zlib.crc32(f"{seed}/{sample_id}".encode()) < share * 2**32
+
+
+def keeps_positions(seed: int, step: int, sample_id: str, length: int, share: float) -> np.ndarray:
+    """Return bool ``(length,)``, a share of it true, drawn anew each step: the same on every process and resume."""
+    return np.random.default_rng(zlib.crc32(f"{seed}/{step}/{sample_id}".encode())).random(length) < share
 
 
 def _by_form(losses: VilaULosses, batch: Batch) -> dict[str, tuple[Any, Any]]:

@@ -98,9 +98,7 @@ def _around_language_model(config: TrainConfig, path: str) -> StartingModel:
     visual = {f"{name}_id": tokenizer.convert_tokens_to_ids(getattr(template, name)) for name in _VISUAL_IDS}
     fields = {name: value for name, value in config.model.items() if name != "text_config"} | visual
     joined = build_config(config.model_copy(update={"model": fields}), tokenizer)
-    joined.text_config = speaker.config
-    model = VilaUModel(joined)
-    model.language_model.load_state_dict(speaker.state_dict())
+    model = VilaUModel(joined, language_model=speaker)
     return StartingModel(model, build_processor(tokenizer, model.config, template))
 
 

@@ -74,8 +74,15 @@ class Stage(ABC):
         """Do what follows the update of a 0-based step, for instance move averaged weights."""
 
     def evaluation_weights(self) -> AbstractContextManager[None]:
-        """Return a context in which `module` has the weights that are validated and exported."""
+        """Return a context in which `module` has the weights that are validated and exported, and can generate."""
         return nullcontext()
+
+    def use_attention(self, name: str, device: torch.device, bf16: bool) -> None:  # noqa: B027
+        """Let the language model, where there is one, train with another attention; called before it is placed.
+
+        Raises:
+            ValueError: this machine or the model cannot, or packed samples would see each other.
+        """
 
     def sharded_blocks(self) -> list[nn.Module]:
         """Return the blocks that FSDP2 shards one by one: every process must run each of them in every step."""
