@@ -224,6 +224,19 @@ def test_a_family_that_cannot_switch_is_refused() -> None:
         use_attention(model, "sdpa", CPU, False)
 
 
+def test_a_family_that_leaks_is_refused_without_the_switch(
+    stage: LanguageStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A language model that anybody may name is tried before the first step; our own families need no trial."""
+    bloom = BloomConfig(hidden_size=32, n_layer=1, n_head=4, vocab_size=40)
+    bloom._attn_implementation = "eager"
+    monkeypatch.setattr(stage.model.language_model, "config", bloom)
+    Spread(stage, ScaleConfig())
+    monkeypatch.setattr(stage, "config", stage.config.model_copy(update={"init_language_model": "bloom"}))
+    with pytest.raises(ValueError, match="see each other in a language model of type 'bloom'"):
+        Spread(stage, ScaleConfig())
+
+
 def test_the_switch_is_the_configurations(stage: LanguageStage) -> None:
     """`scale.attention` reaches the language model alone; pictures and results are made with its own attention."""
     tower = stage.model.vision_tower.config._attn_implementation

@@ -21,7 +21,7 @@ from vilau.modeling.vila_u import VilaULosses, VilaUModel
 from vilau.processing.encode import EncodedSample, encode_sample
 from vilau.training import parallel
 from vilau.training.adapters import Adapters
-from vilau.training.attention import use_attention
+from vilau.training.attention import refuse_leak, use_attention
 from vilau.training.config import LanguageStageConfig
 from vilau.training.flops import LanguageFlops
 from vilau.training.stage import Stage, StepResult
@@ -88,7 +88,11 @@ class LanguageStage(Stage):
         kept = keeps_positions(self.seed, step, sample.sample_id, len(sample), share)
         return replace(sample, visual_targets=sample.visual_targets & kept)
 
-    def use_attention(self, name: str, device: torch.device, bf16: bool) -> None:
+    def use_attention(self, name: str | None, device: torch.device, bf16: bool) -> None:
+        if name is None:
+            if self.config.init_language_model is not None:
+                refuse_leak(self.model.language_model.config, device, bf16)
+            return
         self._own_attention = self.model.language_model.config._attn_implementation
         use_attention(self.model.language_model, name, device, bf16)
 

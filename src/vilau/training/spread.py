@@ -74,8 +74,7 @@ class Spread:
             refuse_slow_bf16(self.device)
         self.sharded = scale.sharding == "fsdp" and parallel.world_size() > 1
         self.counts_whole_step = stage.counts_whole_step
-        if scale.attention is not None:
-            stage.use_attention(scale.attention, self.device, bf16)
+        stage.use_attention(scale.attention, self.device, bf16)
         self._change_blocks(stage.state_module, scale)
         step_module = StepModule(stage, self.device, bf16)
         self.module: nn.Module = step_module

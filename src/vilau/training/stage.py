@@ -77,8 +77,10 @@ class Stage(ABC):
         """Return a context in which `module` has the weights that are validated and exported, and can generate."""
         return nullcontext()
 
-    def use_attention(self, name: str, device: torch.device, bf16: bool) -> None:  # noqa: B027
+    def use_attention(self, name: str | None, device: torch.device, bf16: bool) -> None:  # noqa: B027
         """Let the language model, where there is one, train with another attention; called before it is placed.
+
+        name: None for the one that it has, which is tried too where the model is of a family that anybody may name.
 
         Raises:
             ValueError: this machine or the model cannot, or packed samples would see each other.
