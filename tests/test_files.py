@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from vilau.files import atomic_path, file_digest, write_json
+from vilau.files import atomic_path, file_digest, open_to_readers, write_json
 
 
 @pytest.mark.parametrize("durable", [False, True])
@@ -44,3 +45,17 @@ def test_a_failed_write_names_the_file_that_was_asked_for(tmp_path: Path) -> Non
     ):
         raise OSError(28, "No space left on device", str(p))
     assert ".tmp" not in str(caught.value) and caught.value.errno == 28
+
+
+def test_what_is_published_can_be_read_by_others(tmp_path: Path) -> None:
+    """A model trained by one user is served by another: weights have the permissions that the umask gives new files."""
+    (tmp_path / "inner").mkdir()
+    weights = tmp_path / "inner" / "model.safetensors"
+    weights.touch(mode=0o600)
+    before = os.umask(0o027)
+    try:
+        open_to_readers(tmp_path)
+        assert weights.stat().st_mode & 0o777 == 0o640
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)

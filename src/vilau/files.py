@@ -52,6 +52,15 @@ def write_json(value: Any, target: Path, durable: bool = False) -> None:
     write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", target, durable)
 
 
+def open_to_readers(folder: Path) -> None:
+    """Give the files of a folder the permissions of new files: safetensors lets only the owner read what it writes."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(path.stat().st_mode | 0o666 & ~mask)
+
+
 def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file."""
     with path.open("rb") as file:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from vilau.files import open_to_readers
+
 
 def check_target(source: Path, target: Path, force: bool) -> None:
     """Refuse a target before any work.
@@ -30,6 +32,7 @@ def partial_folder(target: Path) -> Path:
 
 def put_in_place(target: Path) -> Path:
     """Move the whole new folder to its place; what was there is removed last."""
+    open_to_readers(partial_folder(target))
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

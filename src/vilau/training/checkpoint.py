@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vilau.errors import first_line
-from vilau.files import file_digest
+from vilau.files import file_digest, open_to_readers
 
 logger = logging.getLogger(__name__)
 
@@ -210,6 +210,7 @@ def _find_wrong_step(path: Path) -> str | None:
 
 def publish(beside: Path, final: Path) -> None:
     """Make a finished folder visible under its name: fsync everything, then rename, replacing what was there."""
+    open_to_readers(beside)
     for path in [*beside.rglob("*"), beside]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
