@@ -9,9 +9,10 @@ integers: so a row alone and in a batch gives the same bits. Rounding costs at m
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from torch.nn import functional as F
 LARGEST = 127
 WIDEST = (2**31 - 1) // LARGEST**2  # inputs of a layer whose sum surely fits into 32 bits
 _SMALLEST = 1e-30  # largest weight of a row of zeros
+SHIFT = 128
+_MUCH = 10  # a product that is so many times slower than another has no kernel of its own
 _ZERO = torch.zeros(1, dtype=torch.int32)  # weights are symmetric
 JOINT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
 """Names of layers within one module that are given the same rows."""
@@ -48,13 +51,14 @@ def quantize_weight(weight: torch.Tensor) -> Int8Weight:
     return Int8Weight((values / scale.unsqueeze(1)).round_().to(torch.int8), scale)
 
 
-def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return rows ``(N, I)`` float32 in int8, and their scales ``(N, 1)``.
+def quantize_rows(x: torch.Tensor, shift: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows ``(N, I)`` float32 in int8, or with `shift` 128 added in uint8, and their scales ``(N, 1)``.
 
     The numbers of a row of zeros have no meaning, but its scale is 0.
     """
     scale = x.abs().amax(1, keepdim=True).mul_(1 / LARGEST)
-    return (x / scale).round_().to(torch.int8), scale
+    rounded = (x / scale).round_()
+    return (rounded.add_(shift).to(torch.uint8) if shift else rounded.to(torch.int8)), scale
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -67,13 +71,25 @@ def int8_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     On CUDA the library's kernel wants more than 16 rows and sizes that are multiples of 8: rows are filled up with
     zeros, and sizes that do not fit go through float32 products of pieces that stay exact.
     """
-    if x.device.type == "cpu" and weight.shape[1] > 1:  # of a single column it makes nonsense
+    if x.device.type == "cpu" and weight.shape[1] > 1 and sums_hold():  # of a single column it makes nonsense
         return torch._int_mm(x, weight.t())
     if x.device.type == "cuda" and weight.shape[0] % 8 == 0 and weight.shape[1] % 8 == 0:
         missing = max(0, 32 - len(x))
         filled = F.pad(x, (0, 0, 0, missing)) if missing else x
         return torch._int_mm(filled, weight.t())[: len(x)]
     return _exact_product(x, weight)
+
+
+@torch.compiler.assume_constant_result
+def sums_hold() -> bool:
+    """Whether `torch._int_mm` is exact on this processor: without VNNI its sums of pairs overflow."""
+    return _sums_hold()
+
+
+@lru_cache(maxsize=1)
+def _sums_hold() -> bool:
+    x, weight = torch.full((2, 64), LARGEST, dtype=torch.int8), torch.full((32, 64), -LARGEST, dtype=torch.int8)
+    return bool((torch._int_mm(x, weight.t()) == -LARGEST * LARGEST * 64).all())
 
 
 def _exact_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -88,27 +104,48 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 
 
 def packed_product(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return ``(N, O)`` float32, the products of ``x`` (N, I) int8 with a packed weight, times ``scale`` (O,)."""
+    """Return ``(N, O)`` float32, the products of ``x`` (N, I) with a packed weight, times ``scale`` (O,).
+
+    x: int8, or uint8 from which 128 is taken.
+    """
+    zero = SHIFT if x.dtype == torch.uint8 else 0
     return torch.ops.onednn.qlinear_pointwise(
-        x, 1.0, 0, packed, scale, _ZERO, None, 1.0, 0, torch.float32, "none", [], ""
+        x, 1.0, zero, packed, scale, _ZERO, None, 1.0, 0, torch.float32, "none", [], ""
     )
 
 
 @torch.compiler.assume_constant_result
-def packing_works() -> bool:
-    """Whether oneDNN's product is there and exact: on processors without VNNI its sums of pairs overflow."""
-    return _packing_works()
+def packed_shift() -> int | None:
+    """Return how rows are quantised for oneDNN's product here: `shift` 0 or 128, or ``None`` where it is of no use.
+
+    On processors without VNNI its sums of pairs overflow. Those with VNNI and without AMX have a fast product of uint8
+    with int8 alone: the one of int8 with int8 is there, and hundreds of times slower, so both are tried out.
+    """
+    return _packed_shift()
 
 
 @lru_cache(maxsize=1)
-def _packing_works() -> bool:
-    x = torch.full((2, 64), LARGEST, dtype=torch.int8)
-    weight = torch.full((32, 64), -LARGEST, dtype=torch.int8)
+def _packed_shift() -> int | None:
+    weight = torch.full((256, 256), -LARGEST, dtype=torch.int8)
+    times: dict[int, float] = {}
     try:
-        out = packed_product(x, pack(weight), torch.ones(32))
+        packed, scale = pack(weight), torch.ones(256)
+        for shift in (0, SHIFT):
+            x = torch.full((2, 256), LARGEST + shift, dtype=torch.uint8 if shift else torch.int8)
+            if not bool((packed_product(x, packed, scale) == -LARGEST * LARGEST * 256).all()):
+                continue
+            times[shift] = min(_seconds(partial(packed_product, x, packed, scale)) for _ in range(3))
     except (RuntimeError, AttributeError, NotImplementedError):  # a torch built without oneDNN
-        return False
-    return bool((out == -LARGEST * LARGEST * 64).all())
+        return None
+    if 0 in times and times[0] < _MUCH * times.get(SHIFT, times[0]):
+        return 0
+    return SHIFT if SHIFT in times else None
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 @dataclass(frozen=True)
@@ -118,6 +155,7 @@ class _Whole:
     scale: torch.Tensor
     bias: torch.Tensor | None
     packed: torch.Tensor
+    shift: int
 
 
 @dataclass(frozen=True)
@@ -171,10 +209,10 @@ class JointProduct:
 
     def _all(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """Return what each of the layers makes of ``x``."""
-        if torch.compiler.is_compiling() and x.device.type == "cpu" and packing_works():
-            out = _compilable_product(self.layers, x)
+        if torch.compiler.is_compiling() and x.device.type == "cpu":
+            out = _compilable_product(self.layers, x, packed=packed_shift() == 0)
         elif (whole := self.whole()) is not None:
-            codes, row_scale = quantize_rows(_rows(x))
+            codes, row_scale = quantize_rows(_rows(x), whole.shift)
             out = packed_product(codes, whole.packed, whole.scale)
             out = out.mul_(row_scale) if whole.bias is None else torch.addcmul(whole.bias, out, row_scale)
         else:
@@ -185,13 +223,16 @@ class JointProduct:
     def whole(self) -> _Whole | None:
         """Return the weights as one in oneDNN's layout, made when they have changed; ``None`` where it is not used."""
         layers = self.layers
-        if torch.compiler.is_compiling() or layers[0].scale.device.type != "cpu" or not packing_works():
+        shift = None
+        if not torch.compiler.is_compiling() and layers[0].scale.device.type == "cpu":
+            shift = packed_shift()
+        if shift is None:
             return None
         marks = [mark for layer in layers for mark in _marks(layer)]
         if self._kept is None or self._kept[0] != marks:
             packed = pack(_joined([layer.weight for layer in layers]))
             bias = None if layers[0].bias is None else _joined([b.float() for b in _biases(layers)])
-            self._kept = marks, _Whole(_joined([layer.scale for layer in layers]), bias, packed)
+            self._kept = marks, _Whole(_joined([layer.scale for layer in layers]), bias, packed, shift)
         return self._kept[1]
 
     def forget(self) -> None:
@@ -228,12 +269,16 @@ def _product(layer: Int8Linear, x: torch.Tensor) -> torch.Tensor:
     return out if x.dim() == 2 else out.view(*x.shape[:-1], layer.out_features)
 
 
-def _compilable_product(layers: Sequence[Int8Linear], x: torch.Tensor) -> torch.Tensor:
-    """As `_product` of all layers on a CPU, in the words from which torch's compiler makes oneDNN's packed product."""
+def _compilable_product(layers: Sequence[Int8Linear], x: torch.Tensor, packed: bool) -> torch.Tensor:
+    """As `_product` of all layers on a CPU.
+
+    packed: in the words from which torch's compiler makes oneDNN's packed product, that of int8 with int8.
+    """
     codes, row_scale = quantize_rows(_rows(x))
     weight = _joined([layer.weight for layer in layers])
     scale = _joined([layer.scale for layer in layers])
-    out = torch._int_mm(codes, weight.t()).to(torch.float32) * row_scale * scale
+    out = int8_product(codes, weight)
+    out = out.to(torch.float32) * row_scale * scale if packed else out * (row_scale * scale)
     biases = _biases(layers)
     return out + _joined([bias.float() for bias in biases]) if biases else out
 
