@@ -38,7 +38,7 @@ from vilau.generation.visual import begin
 from vilau.modeling.depth_transformer import DepthTransformer
 
 CPU = torch.device("cpu")
-KERNEL = "mkldnn"  # takes any number of rows, as the alternatives need
+KERNELS = ("plain", "mkldnn")  # those that take any number of rows, as the alternatives need
 
 
 class RecomputedDepth(VisualStep):
@@ -92,13 +92,18 @@ def layers_for(model: Any, heads: int) -> int:
     return len(layers) + round((depth - heads * head) / layer)
 
 
-def language_of(model: Any, layers: int, rows: int) -> Any:
+def laid_out(linear: nn.Linear, kernel: str, rows: int) -> nn.Module:
+    """Return a layer with its weight in the layout of a kernel."""
+    return linear if kernel == "plain" else PackedLinear(linear, kernel, rows)
+
+
+def language_of(model: Any, layers: int, kernel: str, rows: int) -> Any:
     """Return a language model of this one's sizes with ``layers`` layers of random weights, laid out for rows."""
     config = copy.deepcopy(model.config.text_config)
     config.num_hidden_layers = layers
     torch.manual_seed(1)
     language = AutoModel.from_config(config, attn_implementation="sdpa").eval()
-    return replaced(language, lambda linear: PackedLinear(linear, KERNEL, rows))
+    return replaced(language, lambda linear: laid_out(linear, kernel, rows))
 
 
 def repeatable(language: SlotLanguage, hidden: torch.Tensor, steps: int, head: nn.Module) -> Callable[[], None]:
@@ -114,7 +119,7 @@ def repeatable(language: SlotLanguage, hidden: torch.Tensor, steps: int, head: n
 
 
 @torch.no_grad()
-def alternatives(model: Any, pictures: int, repeat: int) -> dict[str, Any]:
+def alternatives(model: Any, pictures: int, kernel: str, repeat: int) -> dict[str, Any]:
     """Processor milliseconds of one position's language model step and depth loops, and of what could replace both.
 
     `cached`, `recomputed`: the depth transformer, beside `lm`, the step of the language model. The others are whole
@@ -124,7 +129,7 @@ def alternatives(model: Any, pictures: int, repeat: int) -> dict[str, Any]:
     """
     request = bench_request(model, pictures, 32, 3.0, 64)
     rows = len(request.prompts.rows)
-    networks = prepare(model, rows, KERNEL)
+    networks = prepare(model, rows, kernel)
     begun = begin(networks, request)
     state, hidden = begun.state, begun.hidden
     assert isinstance(begun.language, SlotLanguage)
@@ -139,8 +144,8 @@ def alternatives(model: Any, pictures: int, repeat: int) -> dict[str, Any]:
     for name, heads, steps in (("flattened", 1, depth), ("parallel", depth, 1)):
         layers[name] = layers_for(model, heads)
         if layers[name] > 0:
-            head = PackedLinear(nn.Linear(hidden.shape[1], heads * codes), KERNEL, rows)
-            language, _ = SlotLanguage.read(language_of(model, layers[name], rows), request.prompts, 64)
+            head = laid_out(nn.Linear(hidden.shape[1], heads * codes), kernel, rows)
+            language, _ = SlotLanguage.read(language_of(model, layers[name], kernel, rows), request.prompts, 64)
             works[name] = repeatable(language, hidden, steps, head)
     return dict.fromkeys(layers) | alternating(works, repeat) | {"layers": layers}
 
@@ -148,9 +153,9 @@ def alternatives(model: Any, pictures: int, repeat: int) -> dict[str, Any]:
 def alternatives_table(found: list[dict[str, Any]]) -> str:
     """Markdown of `alternatives`, with whole positions."""
     lines = [
-        "| D | pictures | LM step | depth cached | depth recomputed | position cached | position recomputed | gain | "
-        "flattened (layers) | parallel heads (layers) |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| D | pictures | kernel | LM step | depth cached | depth recomputed | position cached | position recomputed "
+        "| gain | flattened (layers) | parallel heads (layers) |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in found:
         cached, again = row["lm"] + row["cached"], row["lm"] + row["recomputed"]
@@ -158,10 +163,9 @@ def alternatives_table(found: list[dict[str, Any]]) -> str:
             f"{row[name]:.0f} ({row['layers'][name]})" if row[name] is not None else ""
             for name in ("flattened", "parallel")
         ]
-        lines.append(
-            f"| {row['depth']} | {row['pictures']} | {row['lm']:.0f} | {row['cached']:.0f} | {row['recomputed']:.0f} "
-            f"| {cached:.0f} | {again:.0f} | {again / cached:.2f} | {' | '.join(others)} |"
-        )
+        times = (row["lm"], row["cached"], row["recomputed"], cached, again)
+        cells = [row["depth"], row["pictures"], row["kernel"], *(f"{time:.0f}" for time in times)]
+        lines.append(f"| {' | '.join(map(str, [*cells, f'{again / cached:.2f}', *others]))} |")
     return "\n".join(lines)
 
 
@@ -203,7 +207,7 @@ def growth(model: Any, contexts: list[int], positions: int) -> list[tuple[float,
     line = []
     for context in contexts:
         request = bench_request(model, 1, context, 3.0, positions + 4)
-        step = VisualStep(prepare(model, len(request.prompts.rows), KERNEL))
+        step = VisualStep(prepare(model, len(request.prompts.rows), "mkldnn"))
         line.append((float(context), time_positions(step, request, positions, None).position.cpu * 1e3))
     return line
 
@@ -224,8 +228,10 @@ def run(positions: int, quick: bool) -> dict[str, Any]:
                 rows.append(bench_batch(model, preset, pictures, probe, **settings) | tower)  # type: ignore[arg-type]
                 print(table(rows[-1:]).splitlines()[-1], flush=True)
         for pictures in (1, 4):
-            found.append({"depth": depth, "pictures": pictures} | alternatives(model, pictures, max(3, positions // 4)))
-            print(alternatives_table(found[-1:]).splitlines()[-1], flush=True)
+            for kernel in KERNELS:
+                one = {"depth": depth, "pictures": pictures, "kernel": kernel}
+                found.append(one | alternatives(model, pictures, kernel, max(3, positions // 4)))
+                print(alternatives_table(found[-1:]).splitlines()[-1], flush=True)
         if depth == 4:
             plots["context"] = growth(model, [32, 512, 1024, 2048], max(3, positions // 4))
     return {
@@ -259,7 +265,7 @@ def write(result: dict[str, Any], out: Path) -> None:
     (out / "generation-positions.svg").write_text(svg("ms of a position", "positions before it", context))
     depth: dict[str, list[tuple[float, float]]] = {}
     for row in result["alternatives"]:
-        if row["pictures"] == 1:
+        if row["pictures"] == 1 and row["kernel"] == "plain":
             for name, value in (
                 ("depth transformer, cached", row["lm"] + row["cached"]),
                 ("depth transformer, recomputed", row["lm"] + row["recomputed"]),
