@@ -88,7 +88,8 @@ def sums_hold() -> bool:
 
 @lru_cache(maxsize=1)
 def _sums_hold() -> bool:
-    x, weight = torch.full((2, 64), LARGEST, dtype=torch.int8), torch.full((32, 64), -LARGEST, dtype=torch.int8)
+    with torch.device("cpu"):
+        x, weight = torch.full((2, 64), LARGEST, dtype=torch.int8), torch.full((32, 64), -LARGEST, dtype=torch.int8)
     return bool((torch._int_mm(x, weight.t()) == -LARGEST * LARGEST * 64).all())
 
 
@@ -126,20 +127,25 @@ def packed_shift() -> int | None:
 
 @lru_cache(maxsize=1)
 def _packed_shift() -> int | None:
-    weight = torch.full((256, 256), -LARGEST, dtype=torch.int8)
-    times: dict[int, float] = {}
     try:
-        packed, scale = pack(weight), torch.ones(256)
-        for shift in (0, SHIFT):
-            x = torch.full((2, 256), LARGEST + shift, dtype=torch.uint8 if shift else torch.int8)
-            if not bool((packed_product(x, packed, scale) == -LARGEST * LARGEST * 256).all()):
-                continue
-            times[shift] = min(_seconds(partial(packed_product, x, packed, scale)) for _ in range(3))
+        with torch.device("cpu"):
+            times = _product_times()
     except (RuntimeError, AttributeError, NotImplementedError):  # a torch built without oneDNN
         return None
     if 0 in times and times[0] < _MUCH * times.get(SHIFT, times[0]):
         return 0
     return SHIFT if SHIFT in times else None
+
+
+def _product_times() -> dict[int, float]:
+    """Return the seconds that a small packed product takes with rows of either `shift`, of those that are exact."""
+    packed, scale = pack(torch.full((256, 256), -LARGEST, dtype=torch.int8)), torch.ones(256)
+    times: dict[int, float] = {}
+    for shift in (0, SHIFT):
+        x = torch.full((2, 256), LARGEST + shift, dtype=torch.uint8 if shift else torch.int8)
+        if bool((packed_product(x, packed, scale) == -LARGEST * LARGEST * 256).all()):
+            times[shift] = min(_seconds(partial(packed_product, x, packed, scale)) for _ in range(3))
+    return times
 
 
 def _seconds(work: Callable[[], object]) -> float:
