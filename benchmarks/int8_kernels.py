@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from vilau.evaluation.machine import machine_name
-from vilau.modeling.int8 import pack, packed_product, packed_shift, quantize_rows
+from vilau.modeling.int8 import SHIFT, pack, packed_product, quantize_rows
 
 BYTES = 200e6
 ROUNDS = 5
@@ -38,14 +38,14 @@ def float32(weight: torch.Tensor, x: torch.Tensor) -> Product:
 
 def onednn(weight: torch.Tensor, x: torch.Tensor) -> Product:
     """The kernel in use: oneDNN over a packed copy."""
-    packed, scale, (codes, _) = pack(weight), torch.ones(len(weight)), quantize_rows(x, packed_shift() or 0)
+    packed, scale, (codes, _) = pack(weight), torch.ones(len(weight)), quantize_rows(x, SHIFT)
     return lambda: packed_product(codes, packed, scale)
 
 
 def onednn_with_rows(weight: torch.Tensor, x: torch.Tensor) -> Product:
     """The kernel in use with scales and rounding of the rows."""
     packed, scale = pack(weight), torch.ones(len(weight))
-    return lambda: packed_product(quantize_rows(x, packed_shift() or 0)[0], packed, scale)
+    return lambda: packed_product(quantize_rows(x, SHIFT)[0], packed, scale)
 
 
 def int_mm(weight: torch.Tensor, x: torch.Tensor) -> Product:

@@ -13,7 +13,6 @@ from vilau.generation.compiled import CompiledStep, compiled_step, missing_compi
 from vilau.generation.position import Networks, VisualStep
 from vilau.generation.visual import run_codes
 from vilau.modeling import int8 as int8_layers
-from vilau.modeling.int8 import packed_shift
 
 EMPTY = torch.tensor([[1, 3, 36]])
 
@@ -44,22 +43,21 @@ def small(make_model: Callable[..., Any]) -> Any:
     return make_model(text={"num_hidden_layers": 1}, depths={"num_hidden_layers": 1})
 
 
-@pytest.mark.parametrize(("int8", "shift"), [(False, None), (True, 0), (True, 128), (True, None)])
+@pytest.mark.parametrize(("int8", "fast"), [(False, False), (True, True), (True, False)])
 def test_a_position_is_one_graph(
-    make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, int8: bool, shift: int | None
+    make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, int8: bool, fast: bool
 ) -> None:
     """The whole position is traced once, without a break, and never again for later positions; codes are equal.
 
-    shift: what kind of integer product the processor has; compiled code must not use one that it has not.
+    fast: whether the processor has the integer product that the compiler can make, for which code is written otherwise.
     """
-    if shift is not None and packed_shift() is None:
-        pytest.skip("oneDNN's integer product is not exact on this processor")
-    monkeypatch.setattr(int8_layers, "_packed_shift", lambda: shift)
+    monkeypatch.setattr(int8_layers, "_signed_is_fast", lambda *_: fast)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = small(make_model)
     if int8:
         model.quantize("int8")
+        monkeypatch.setattr(int8_layers, "_signed_is_fast", lambda *_: True)
     request = request_of(model, 2, seed=9, guidance_scale=2.0)
     step = CompiledStep(Networks.of(model), backend="eager")
     assert torch.equal(run_codes(step, request), run_codes(VisualStep(Networks.of(model)), request))
@@ -87,13 +85,14 @@ def test_prompts_of_many_lengths_share_their_code(make_model: Callable[..., Any]
 @pytest.mark.long
 @pytest.mark.skipif(missing_compiler() is not None, reason=f"no compiler: {missing_compiler()}")
 @pytest.mark.parametrize("int8", [False, True])
-def test_compiled_equals_eager(make_model: Callable[..., Any], int8: bool) -> None:
+def test_compiled_equals_eager(make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, int8: bool) -> None:
     """One compiled function per position draws what the eager step draws; its code is kept with the model."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = small(make_model)
     if int8:
         model.quantize("int8")
+        monkeypatch.setattr(int8_layers, "_signed_is_fast", lambda *_: True)
     request = request_of(model, 2, seed=9, guidance_scale=2.0)
     eager = run_codes(VisualStep(Networks.of(model)), request)
     step = visual_step(model, 4, compile=True)
@@ -101,7 +100,7 @@ def test_compiled_equals_eager(make_model: Callable[..., Any], int8: bool) -> No
     assert torch.equal(run_codes(step, request), eager)
     depth = model.config.vision_config.depth  # joined: 4 of 7 products of a layer, 4 of 6 of a block; 2 around them
     products = torch._dynamo.utils.counters["inductor"]["qlinear_weight_prepack_matcher_count"]
-    assert products == (4 + depth * (4 + 2) if int8 and packed_shift() == 0 else 0)
+    assert products == (4 + depth * (4 + 2) if int8 and int8_layers.packing_works() else 0)
     assert visual_step(model, 4, compile=True) is step
     with torch.no_grad():
         model.depth_transformer.head.weight.mul_(2)

@@ -2,7 +2,8 @@
 
 ``y = (x_q @ w_q^T) * s_x * s_w + b`` with ``x_q = round(x / s_x)``, ``w_q = round(w / s_w)``, both in [-127, 127], and
 ``s = max|.| / 127`` over a row of `x` and over a row of `w`. Rows do not depend on each other, and the sums are
-integers: so a row alone and in a batch gives the same bits. Rounding costs at most
+integers: so a row alone and in a batch gives the same bits. (oneDNN's product over rows that are shifted to uint8 takes
+the shift's part away in float32: it is exact while sums stay below 2^24.) Rounding costs at most
 
     |y' - y| <= s_x / 2 * sum_k |s_w w_q[k]|  +  s_w / 2 * sum_k |x[k]|      for each row and output channel.
 """
@@ -23,7 +24,7 @@ LARGEST = 127
 WIDEST = (2**31 - 1) // LARGEST**2  # inputs of a layer whose sum surely fits into 32 bits
 _SMALLEST = 1e-30  # largest weight of a row of zeros
 SHIFT = 128
-_MUCH = 10  # a product that is so many times slower than another has no kernel of its own
+_MUCH = 4  # a product that is so many times slower than another has no kernel of its own
 _ZERO = torch.zeros(1, dtype=torch.int32)  # weights are symmetric
 JOINT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
 """Names of layers within one module that are given the same rows."""
@@ -115,37 +116,49 @@ def packed_product(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -
     )
 
 
-@torch.compiler.assume_constant_result
-def packed_shift() -> int | None:
-    """Return how rows are quantised for oneDNN's product here: `shift` 0 or 128, or ``None`` where it is of no use.
-
-    On processors without VNNI its sums of pairs overflow. Those with VNNI and without AMX have a fast product of uint8
-    with int8 alone: the one of int8 with int8 is there, and hundreds of times slower, so both are tried out.
-    """
-    return _packed_shift()
+def packing_works() -> bool:
+    """Whether oneDNN's product of uint8 with int8 is there and exact: before VNNI its sums of pairs overflow."""
+    return _packing_works()
 
 
 @lru_cache(maxsize=1)
-def _packed_shift() -> int | None:
+def _packing_works() -> bool:
     try:
         with torch.device("cpu"):
-            times = _product_times()
+            return _is_exact(SHIFT, pack(torch.full((32, 64), -LARGEST, dtype=torch.int8)))
     except (RuntimeError, AttributeError, NotImplementedError):  # a torch built without oneDNN
-        return None
-    if 0 in times and times[0] < _MUCH * times.get(SHIFT, times[0]):
-        return 0
-    return SHIFT if SHIFT in times else None
+        return False
 
 
-def _product_times() -> dict[int, float]:
-    """Return the seconds that a small packed product takes with rows of either `shift`, of those that are exact."""
-    packed, scale = pack(torch.full((256, 256), -LARGEST, dtype=torch.int8)), torch.ones(256)
-    times: dict[int, float] = {}
-    for shift in (0, SHIFT):
-        x = torch.full((2, 256), LARGEST + shift, dtype=torch.uint8 if shift else torch.int8)
-        if bool((packed_product(x, packed, scale) == -LARGEST * LARGEST * 256).all()):
-            times[shift] = min(_seconds(partial(packed_product, x, packed, scale)) for _ in range(3))
-    return times
+def _is_exact(shift: int, packed: torch.Tensor) -> bool:
+    out = packed_product(_full_rows(2, 64, shift), packed, torch.ones(32))
+    return bool((out == -LARGEST * LARGEST * 64).all())
+
+
+def _full_rows(rows: int, inside: int, shift: int) -> torch.Tensor:
+    return torch.full((rows, inside), LARGEST + shift, dtype=torch.uint8 if shift else torch.int8)
+
+
+@torch.compiler.assume_constant_result
+def signed_is_fast(rows: int, out: int, inside: int) -> bool:
+    """Whether oneDNN's product of int8 with int8, the one that torch's compiler makes, is as fast as that of uint8.
+
+    With AMX it is for many sizes; elsewhere it is hundreds of times slower. So it is tried out, once for each size.
+    """
+    return packing_works() and _signed_is_fast(rows, out, inside)
+
+
+@lru_cache(maxsize=256)
+def _signed_is_fast(rows: int, out: int, inside: int) -> bool:
+    with torch.device("cpu"):
+        if not _is_exact(0, pack(torch.full((32, 64), -LARGEST, dtype=torch.int8))):
+            return False
+        packed, scale = pack(torch.ones((out, inside), dtype=torch.int8)), torch.ones(out)
+        signed, unsigned = (
+            min(_seconds(partial(packed_product, _full_rows(rows, inside, shift), packed, scale)) for _ in range(3))
+            for shift in (0, SHIFT)
+        )
+    return signed < _MUCH * unsigned
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -161,7 +174,6 @@ class _Whole:
     scale: torch.Tensor
     bias: torch.Tensor | None
     packed: torch.Tensor
-    shift: int
 
 
 @dataclass(frozen=True)
@@ -216,9 +228,9 @@ class JointProduct:
     def _all(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """Return what each of the layers makes of ``x``."""
         if torch.compiler.is_compiling() and x.device.type == "cpu":
-            out = _compilable_product(self.layers, x, packed=packed_shift() == 0)
+            out = _compilable_product(self.layers, x)
         elif (whole := self.whole()) is not None:
-            codes, row_scale = quantize_rows(_rows(x), whole.shift)
+            codes, row_scale = quantize_rows(_rows(x), SHIFT)
             out = packed_product(codes, whole.packed, whole.scale)
             out = out.mul_(row_scale) if whole.bias is None else torch.addcmul(whole.bias, out, row_scale)
         else:
@@ -229,16 +241,13 @@ class JointProduct:
     def whole(self) -> _Whole | None:
         """Return the weights as one in oneDNN's layout, made when they have changed; ``None`` where it is not used."""
         layers = self.layers
-        shift = None
-        if not torch.compiler.is_compiling() and layers[0].scale.device.type == "cpu":
-            shift = packed_shift()
-        if shift is None:
+        if torch.compiler.is_compiling() or layers[0].scale.device.type != "cpu" or not packing_works():
             return None
         marks = [mark for layer in layers for mark in _marks(layer)]
         if self._kept is None or self._kept[0] != marks:
             packed = pack(_joined([layer.weight for layer in layers]))
             bias = None if layers[0].bias is None else _joined([b.float() for b in _biases(layers)])
-            self._kept = marks, _Whole(_joined([layer.scale for layer in layers]), bias, packed, shift)
+            self._kept = marks, _Whole(_joined([layer.scale for layer in layers]), bias, packed)
         return self._kept[1]
 
     def forget(self) -> None:
@@ -275,16 +284,16 @@ def _product(layer: Int8Linear, x: torch.Tensor) -> torch.Tensor:
     return out if x.dim() == 2 else out.view(*x.shape[:-1], layer.out_features)
 
 
-def _compilable_product(layers: Sequence[Int8Linear], x: torch.Tensor, packed: bool) -> torch.Tensor:
-    """As `_product` of all layers on a CPU.
-
-    packed: in the words from which torch's compiler makes oneDNN's packed product, that of int8 with int8.
-    """
+def _compilable_product(layers: Sequence[Int8Linear], x: torch.Tensor) -> torch.Tensor:
+    """As `_product` of all layers on a CPU; where that is fast, in words from which the compiler makes oneDNN's product."""
     codes, row_scale = quantize_rows(_rows(x))
     weight = _joined([layer.weight for layer in layers])
     scale = _joined([layer.scale for layer in layers])
     out = int8_product(codes, weight)
-    out = out.to(torch.float32) * row_scale * scale if packed else out * (row_scale * scale)
+    if signed_is_fast(len(codes), *weight.shape):
+        out = out.to(torch.float32) * row_scale * scale
+    else:
+        out = out * (row_scale * scale)
     biases = _biases(layers)
     return out + _joined([bias.float() for bias in biases]) if biases else out
 
