@@ -285,7 +285,7 @@ def _product(layer: Int8Linear, x: torch.Tensor) -> torch.Tensor:
 
 
 def _compilable_product(layers: Sequence[Int8Linear], x: torch.Tensor) -> torch.Tensor:
-    """As `_product` of all layers on a CPU; where that is fast, in words from which the compiler makes oneDNN's product."""
+    """As `_product` of all layers on a CPU, where that is fast in the words that the compiler turns into oneDNN's."""
     codes, row_scale = quantize_rows(_rows(x))
     weight = _joined([layer.weight for layer in layers])
     scale = _joined([layer.scale for layer in layers])
